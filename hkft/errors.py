@@ -1,0 +1,99 @@
+"""Every error hkft raises on purpose, and the exit code the command line gives it.
+
+    HkftError                    1
+    ├── UsageError               2   a command, a flag or a method that makes no sense
+    │   ├── RecipeError          2   one or more problems in a recipe, reported together
+    │   └── MethodError          2   a dropout method that cannot exist, or a model it cannot act on
+    ├── DataError                3   a file, a column, a row
+    ├── SetupError               4   a missing package, device or model
+    ├── OutOfMemoryError         5
+    ├── DivergedError            6   NaN or inf in the loss
+    └── CheckFailedError         7   a check the user asked for: merge verification, --fail-if
+
+An interrupt (Ctrl-C) exits with 130. The user's fault is one of these, with where it is and what to do next; a fault of
+hkft's own is an assert or an ordinary exception, and shows a traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong: where it is, what was found there, what is allowed, and what to do about it.
+
+    `where` is `file:line:column` for a recipe or a data file, a key path, or a module's name.
+    """
+
+    message: str
+    where: str | None = None
+    found: str | None = None
+    allowed: str | None = None
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.message}" if self.where else self.message
+        details = [("found", self.found), ("allowed", self.allowed), ("hint", self.hint)]
+        return "\n".join([head, *(f"  {label}: {text}" for label, text in details if text)])
+
+
+class HkftError(Exception):
+    """The root of the tree above. Holds one or more `problems`; `str()` is the message a user reads."""
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        where: str | None = None,
+        found: str | None = None,
+        allowed: str | None = None,
+        hint: str | None = None,
+        problems: Sequence[Problem] = (),
+    ) -> None:
+        self.problems = tuple(problems) or (Problem(message, where, found, allowed, hint),)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class UsageError(HkftError):
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    pass
+
+
+class MethodError(UsageError, ValueError):
+    pass
+
+
+class DataError(HkftError):
+    exit_code = 3
+
+
+class SetupError(HkftError):
+    exit_code = 4
+
+
+class OutOfMemoryError(HkftError):
+    exit_code = 5
+
+
+class DivergedError(HkftError):
+    exit_code = 6
+
+
+class CheckFailedError(HkftError):
+    exit_code = 7
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """A hint naming the choice spelled most like `word`, or None where nothing comes close."""
+    matches = get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.6)
+    return f"did you mean {matches[0]!r}?" if matches else None
