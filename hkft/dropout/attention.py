@@ -1,0 +1,193 @@
+"""The two attention positions, DropKey and DropAttention, on fused kernels.
+
+Legend: B batch, H heads, Q queries, K keys, D head size; R is Q for an element mask and 1 for a column or span mask, which
+is the same for every query. Paper symbols: g = scale * q k^T (+ mask), w = softmax(g), m the keep-mask.
+
+    DropKey        w' = softmax(g with -inf where m = 0)
+    DropAttention  w'_j = m_j w_j / sg(sum_i m_i w_i), sg: gradient stopped
+
+For one mask both give the same w' (paper Eq. 13); they differ in the gradient. The fused forms below hand the work to
+`scaled_dot_product_attention` and never build a [B,H,Q,K] tensor for a column or span mask; `explicit` writes the formulas
+out, serves what no fused kernel can express, and is what the tests hold the fused forms against.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import dropout, pad
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from hkft.dropout.method import Rescale
+
+Keep = Bool[Tensor, "B H R K"]
+AttentionMask = (
+    Bool[Tensor, "Bm Hm Qm Km"] | Float[Tensor, "Bm Hm Qm Km"]
+)  # bool: True attends; float: added to the logits
+
+LANES = 8  # fused kernels want a head size that is a multiple of this
+
+
+def allowed(mask: AttentionMask | None) -> Bool[Tensor, "Bm Hm Qm Km"] | None:
+    """Which keys a query may attend to. None: all of them (but for causality, which the kernel is told apart)."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    return mask > torch.finfo(mask.dtype).min / 2
+
+
+def protect(keep: Keep, may: Bool[Tensor, "Bm Hm Qm Km"] | None, causal: bool) -> tuple[Keep, Tensor | None]:
+    """See to it that no row loses every key it may attend to, which would be NaN, or attention to the future.
+
+    In causal attention the first attended key is never dropped: every row then keeps one. Elsewhere, and under a sliding
+    window, a row that would lose every key keeps all of them. Returns the mask, and for a column mask whose rows differ in
+    what they may attend to, the rows to rescue, [B,H,Q,1], which the mask itself cannot express (else None).
+    """
+    if causal:
+        keep = keep | _first_key(may, keep.shape[-1], keep.device)
+    if may is not None and _varies_by_row(may) and keep.shape[-2] == 1 and may.shape[1] == 1:
+        counts = may[:, 0].float() @ keep[:, :, 0].float().transpose(1, 2)  # [B,Q,H]: keys left, without [B,H,Q,K]
+        return keep, (counts < 0.5).transpose(1, 2).unsqueeze(-1)
+    left = keep if may is None else keep & _one_row_if_equal(may)
+    lost = ~left.any(-1, keepdim=True)
+    return (keep | lost if keep.shape[-2] == lost.shape[-2] else keep), (
+        lost if lost.shape[-2] > keep.shape[-2] else None
+    )
+
+
+def dropkey(
+    q: Float[Tensor, "B H Q D"],
+    k: Float[Tensor, "B H K D"],
+    v: Float[Tensor, "B H K Dv"],
+    keep: Keep,
+    *,
+    mask: AttentionMask | None,
+    causal: bool,
+    scale: float,
+    rescued: Bool[Tensor, "B H Q 1"] | None = None,
+    dropout_p: float = 0.0,
+) -> Float[Tensor, "B H Q Dv"]:
+    """Attention with dropped logits, w' = softmax(g with -inf where keep is False) (DropKey).
+
+    A column mask without causality is an additive [B,H,1,K] mask. Otherwise the drop travels inside the product: q gets one
+    more dimension of value 1 (0 in a rescued row) and k one of value 0 where kept, hugely negative where dropped. The
+    kernel's own causal path and a mask shared by all heads then stay as they are.
+    """
+    if keep.shape[-2] > 1 or (rescued is None and not causal):
+        return sdpa(q, k, v, attn_mask=_and(mask, keep, causal, q.shape[-2]), dropout_p=dropout_p, scale=scale)
+    ones = torch.ones_like(q[..., :1]) if rescued is None else (~rescued).to(q.dtype)
+    far = -(2.0**15) if q.dtype == torch.float16 else -1e9
+    drop = torch.zeros_like(k[..., :1]).masked_fill(~keep.transpose(-1, -2), far)
+    wide = q.shape[-1] + LANES
+    q, k = torch.cat([q, ones], -1), torch.cat([k, drop], -1)
+    out = sdpa(
+        *(pad(x, (0, wide - x.shape[-1])) for x in (q, k, v)),
+        attn_mask=mask,
+        is_causal=causal and mask is None,
+        dropout_p=dropout_p,
+        scale=scale,
+    )
+    return out[..., : v.shape[-1]]
+
+
+def dropattention(
+    q: Float[Tensor, "B H Q D"],
+    k: Float[Tensor, "B H K D"],
+    v: Float[Tensor, "B H K Dv"],
+    keep: Bool[Tensor, "B H 1 K"],
+    *,
+    mask: AttentionMask | None,
+    causal: bool,
+    scale: float,
+    rate: float,
+    rescale: Rescale = "normalised",
+    rescued: Bool[Tensor, "B H Q 1"] | None = None,
+) -> Float[Tensor, "B H Q Dv"]:
+    """Attention with dropped weights, w'_j = m_j w_j / sg(sum_i m_i w_i) (DropAttention), for column and span masks.
+
+    One kernel call on the values [m * v ; m]: its last column is the kept mass Z = sum_i m_i w_i, and the result is
+    out / sg(Z). `rescale` as in `Site`; "normalised_with_gradient" is DropKey to the letter, and is computed as such.
+    """
+    if rescale == "normalised_with_gradient":
+        return dropkey(q, k, v, keep, mask=mask, causal=causal, scale=scale, rescued=rescued)
+    size, column = v.shape[-1], keep.transpose(-1, -2).to(v.dtype)
+    wide = max(q.shape[-1], size) + LANES
+    values = torch.cat([v * column, column], -1)
+    is_causal = causal and mask is None
+    out = sdpa(
+        *(pad(x, (0, wide - x.shape[-1])) for x in (q, k, values)), attn_mask=mask, is_causal=is_causal, scale=scale
+    )
+    out, mass = out[..., :size], out[..., size : size + 1].detach()
+    if rescale == "inverse_keep":
+        return out / (1 - rate)
+    if rescale == "none":
+        return out
+    out = out / mass.clamp_min(torch.finfo(mass.dtype).tiny)
+    if rescued is not None and rescued.any():
+        whole = sdpa(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
+        out = torch.where(rescued, whole, out)
+    return out
+
+
+def explicit(
+    q: Float[Tensor, "B H Q D"],
+    k: Float[Tensor, "B H K D"],
+    v: Float[Tensor, "B H K Dv"],
+    keep: Keep,
+    *,
+    mask: AttentionMask | None,
+    causal: bool,
+    scale: float,
+    rate: float,
+    rescale: Rescale | None,
+    rescued: Bool[Tensor, "B H Q 1"] | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+) -> Float[Tensor, "B H Q Dv"]:
+    """Either position, formula by formula, [B,H,Q,K] built in full. `rescale` None: the drop is on the logits (DropKey).
+
+    For element masks on the weights, soft-capped logits (Gemma 2), and native attention dropout beside DropAttention.
+    """
+    logits = (q @ k.transpose(-1, -2)) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    kept = keep if rescued is None else keep | rescued
+    gone = torch.finfo(logits.dtype).min
+    may = allowed(_and(mask, torch.ones_like(keep), causal, q.shape[-2]))
+    assert may is not None
+    if mask is not None and mask.dtype != torch.bool:
+        logits = logits + mask.clamp_min(gone / 2)  # a position bias may live in the mask
+    logits = logits.masked_fill(~(may if rescale else may & kept), gone)
+    weights = torch.softmax(logits, -1, dtype=torch.float32).to(q.dtype)
+    if rescale:
+        weights = weights * kept
+        mass = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+        factor = {"normalised": 1 / mass.detach(), "normalised_with_gradient": 1 / mass, "inverse_keep": 1 / (1 - rate)}
+        weights = weights * factor.get(rescale, 1.0)
+    return dropout(weights, dropout_p) @ v
+
+
+def _first_key(may: Tensor | None, keys: int, device: torch.device) -> Bool[Tensor, "Bm 1 1 K"]:
+    """Where the first attended key stands. The last query sees the most, so its row tells, whatever side is padded."""
+    place = torch.arange(keys, device=device)
+    if may is None:
+        return (place == 0).view(1, 1, 1, -1)
+    return place == may[:, :1, -1:, :].to(torch.uint8).argmax(-1, keepdim=True)
+
+
+def _varies_by_row(mask: Tensor) -> bool:
+    return mask.shape[-2] > 1 and mask.stride(-2) != 0
+
+
+def _one_row_if_equal(mask: Tensor) -> Tensor:
+    return mask if _varies_by_row(mask) else mask[..., :1, :]
+
+
+def _and(mask: Tensor | None, keep: Tensor, causal: bool, queries: int) -> Tensor:
+    """The attention mask with the dropped keys taken out, as small as both of them allow."""
+    if mask is None:
+        if not causal:
+            return keep
+        return keep & torch.ones(queries, keep.shape[-1], dtype=torch.bool, device=keep.device).tril()
+    mask = _one_row_if_equal(mask)
+    return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, float("-inf"))

@@ -1,0 +1,228 @@
+"""A dropout method is data: a set of sites, and how two views of one batch are kept consistent.
+
+The framework (paper section 3): *position* x *pattern* x *compensation*.
+
+    position           dropped tensor                                          element     column      span
+    attention_logits   g, scaled and masked logits, before the softmax         [B,H,Q,K]   [B,H,1,K]   [B,H,1,K]
+    attention_weights  w = softmax(g)                                          [B,H,Q,K]   [B,H,1,K]   [B,H,1,K]
+    hidden             FFN output, before the residual                         [B,L,D]     [B,L,1]     [B,L,1]
+    input              token embeddings                                        [B,L,D]     [B,L,1]     [B,L,1]
+    output             output of the last layer                                [B,L,D]     [B,L,1]     [B,L,1]
+    lora_input         input of LoRA's A: PEFT's own `lora_dropout`            [B,L,D]
+
+Compensation is a site's `rescale` and the method's `consistency`. A new named method is one entry of `METHODS`.
+
+Sources: Wang et al., arXiv 2403.00812 (the paper); DropKey, 2208.02646; DropAttention, 1907.11065; HiddenCut, 2106.00149;
+R-Drop, 2106.14448. This module imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+from hkft.errors import MethodError, nearest
+
+Position = Literal["attention_logits", "attention_weights", "hidden", "input", "output", "lora_input"]
+Pattern = Literal["element", "column", "span"]
+Rescale = Literal["none", "inverse_keep", "normalised", "normalised_with_gradient"]
+Schedule = Literal["constant", "linear_up", "linear_down"]
+Kind = Literal["kl", "js", "js_symmetric"]
+
+DEFAULT_RATE = 0.1
+PER_LAYER = ("attention_logits", "attention_weights", "hidden", "lora_input")
+
+# What each position may do with what it kept, its own paper's choice first: the default.
+RESCALES: dict[Position, tuple[Rescale, ...]] = {
+    "attention_logits": ("none",),  # the softmax that follows renormalises
+    "attention_weights": ("normalised", "normalised_with_gradient", "inverse_keep", "none"),
+    "hidden": ("none", "inverse_keep"),
+    "input": ("none", "inverse_keep"),
+    "output": ("none", "inverse_keep"),
+    "lora_input": ("inverse_keep",),
+}
+
+
+def check_rate(rate: float, where: str = "rate") -> None:
+    """Raise MethodError unless `rate` is a probability below 1."""
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+        raise MethodError("a dropout rate is a probability", where=where, found=repr(rate), allowed="0 <= rate < 1")
+
+
+def one_of(where: str, value: Any, choices: Any) -> None:
+    """Raise MethodError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise MethodError(
+            f"there is no {where} {value!r}",
+            where=where,
+            allowed=", ".join(choices),
+            hint=nearest(str(value), choices),
+        )
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a model drops.
+
+    position, pattern: a row and a column of the table above.
+    rate: probability in [0, 1) that an element, a key or a token is dropped; None takes the method's rate.
+    layers: "auto" (all layers of an encoder, the latter half of a decoder, as the paper found best), "all", "latter-half", or
+        layer numbers from 0. Ignored by `input` and `output`, which have one place each.
+    rescale: "none"; "inverse_keep", kept values times 1/(1-rate); "normalised", weights divided by their kept mass with
+        the gradient stopped there (DropAttention), or not ("normalised_with_gradient"). None takes the position's own.
+    schedule: "constant", or a rate that falls or grows linearly with depth over the chosen layers, with `rate` as its
+        largest value ("linear_down": DropKey's own finding in vision).
+    Raises MethodError on a value outside these.
+    """
+
+    position: Position
+    pattern: Pattern = "element"
+    rate: float | None = None
+    layers: str | Sequence[int] = "auto"
+    rescale: Rescale | None = None
+    schedule: Schedule = "constant"
+
+    def __post_init__(self) -> None:
+        one_of("position", self.position, get_args(Position))
+        one_of("pattern", self.pattern, get_args(Pattern))
+        one_of("schedule", self.schedule, get_args(Schedule))
+        if self.rate is not None:
+            check_rate(self.rate)
+        if self.position == "lora_input" and self.pattern != "element":
+            raise MethodError(
+                "lora_input drops elements only: it is PEFT's own lora_dropout",
+                where="pattern",
+                found=self.pattern,
+                allowed="element",
+            )
+        if self.rescale is None:
+            object.__setattr__(self, "rescale", RESCALES[self.position][0])
+        if self.rescale not in RESCALES[self.position]:
+            raise MethodError(
+                f"{self.position} cannot be rescaled this way",
+                where="rescale",
+                found=str(self.rescale),
+                allowed=", ".join(RESCALES[self.position]),
+            )
+        if isinstance(self.layers, str):
+            one_of("layers", self.layers, ("auto", "all", "latter-half"))
+        else:
+            layers = tuple(self.layers)
+            if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in layers):
+                raise MethodError("layers are whole numbers from 0", where="layers", found=repr(list(layers)))
+            object.__setattr__(self, "layers", layers)
+
+    def rate_at(self, index: int, count: int) -> float:
+        """The rate in the `index`-th of the `count` layers chosen, both counted from the input."""
+        rate = DEFAULT_RATE if self.rate is None else self.rate
+        if self.schedule == "linear_up":
+            return rate * (index + 1) / count
+        if self.schedule == "linear_down":
+            return rate * (count - index) / count
+        return rate
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """A second view of the batch, and how far the first may be from it (the paper's framework).
+
+    kind: "kl", the two-way KL of two passes under different masks (the paper's KL, R-Drop's loss); "js", what the paper
+        calls JS: KL from the dropped-out pass to the clean one; "js_symmetric", HiddenCut's Jensen-Shannon divergence.
+    weight: factor of the term. The term itself is a mean over examples (over completion tokens in generation), so that
+        it does not depend on the batch size.
+    gradient: "one": through one pass, as in the paper (about half again the time of plain LoRA); "both": as in R-Drop.
+    """
+
+    kind: Kind = "kl"
+    weight: float = 1.0
+    gradient: Literal["one", "both"] = "one"
+
+    def __post_init__(self) -> None:
+        one_of("kind", self.kind, get_args(Kind))
+        one_of("gradient", self.gradient, ("one", "both"))
+        if not 0 <= self.weight < float("inf"):
+            raise MethodError("weight is a number from 0", where="weight", found=repr(self.weight))
+
+
+@dataclass(frozen=True)
+class Method:
+    """Sites and a consistency loss. `Method()` is plain training."""
+
+    sites: Sequence[Site] = ()
+    consistency: Consistency | None = None
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", tuple(self.sites))
+        places = [site.position for site in self.sites]
+        attention = [place for place in places if place.startswith("attention_")]
+        if len(attention) > 1:
+            raise MethodError(
+                "one attention site at a time: DropKey and DropAttention of one mask are the same forward (paper Eq. 13)",
+                where="sites",
+                found=", ".join(attention),
+            )
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is dropped at all. Without it two passes are equal, and the consistency term is exactly 0."""
+        return any(site.rate != 0 for site in self.sites)
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of a training step."""
+        return 2 if self.consistency and self.consistency.weight and self.active else 1
+
+    def with_rate(self, rate: float) -> Method:
+        """This method with `rate` at every site that names none of its own."""
+        check_rate(rate)
+        return replace(self, sites=tuple(s if s.rate is not None else replace(s, rate=rate) for s in self.sites))
+
+    def with_weight(self, weight: float) -> Method:
+        """This method with another weight of its consistency loss, where it has one."""
+        return replace(self, consistency=self.consistency and replace(self.consistency, weight=weight))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The full record, as a recipe's `dropout` section writes it."""
+        record = asdict(self)
+        record["sites"] = [{**site, "layers": _plain(site["layers"])} for site in record["sites"]]
+        return record
+
+
+METHODS: dict[str, Method] = {
+    "none": Method(name="none"),
+    "lora-dropout": Method([Site("lora_input", layers="all")], name="lora-dropout"),
+    "dropkey": Method([Site("attention_logits", "column")], name="dropkey"),
+    "dropattention": Method([Site("attention_weights", "column")], name="dropattention"),
+    "hiddencut": Method([Site("hidden", "element", rescale="inverse_keep")], name="hiddencut"),
+    "hiddenkey-": Method(
+        [Site("attention_logits", "column"), Site("hidden", "element", rescale="inverse_keep")],
+        name="hiddenkey-",
+    ),
+    "hiddenkey": Method(
+        [Site("attention_logits", "column"), Site("hidden", "element", rescale="inverse_keep")],
+        consistency=Consistency("kl"),
+        name="hiddenkey",
+    ),
+}
+
+SUMMARIES: dict[str, str] = {
+    "none": "plain LoRA, no dropout: the baseline",
+    "lora-dropout": "dropout on the input of LoRA's A matrices, as PEFT's lora_dropout does",
+    "dropkey": "whole keys hidden from every query of a head, before the softmax",
+    "dropattention": "whole keys' attention weights dropped after the softmax, the rest renormalised",
+    "hiddencut": "elements of the FFN output dropped, the rest scaled by 1/(1-p)",
+    "hiddenkey-": "column DropKey and element HiddenCut together",
+    "hiddenkey": "HiddenKey- and a KL loss between two passes: the paper's best, about 1.5 x the time",
+}
+
+
+def find(name: str) -> Method:
+    """The named method. Raises MethodError with the nearest name."""
+    one_of("method", name, METHODS)
+    return METHODS[name]
+
+
+def _plain(layers: str | Sequence[int]) -> str | list[int]:
+    return layers if isinstance(layers, str) else list(layers)
