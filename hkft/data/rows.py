@@ -1,0 +1,206 @@
+"""One source -> canonical rows: `id`, `text`, `text_pair` (pairs only), `label`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import datasets
+
+from hkft.data.labels import class_indices, class_names, class_texts, numbers
+from hkft.data.sources import read
+from hkft.errors import DataError, Problem, UsageError, nearest
+from hkft.events import Listener, Notice
+
+
+class DataSection(Protocol):
+    """What this room reads of a recipe's `data`."""
+
+    @property
+    def train(self) -> str: ...
+    @property
+    def validation(self) -> str | float: ...
+    @property
+    def test(self) -> str | None: ...
+    @property
+    def filter(self) -> Mapping[str, Any] | None: ...
+    @property
+    def text(self) -> str | Sequence[str]: ...
+    @property
+    def label(self) -> str | None: ...
+    @property
+    def train_rows(self) -> int | None: ...
+    @property
+    def validation_rows(self) -> int | None: ...
+
+
+class DataRecipe(Protocol):
+    """What this room reads of a recipe."""
+
+    @property
+    def data(self) -> DataSection: ...
+    @property
+    def task(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Canonical rows, and the class names their labels index; None in regression and where there are no labels."""
+
+    rows: datasets.Dataset
+    labels: tuple[str, ...] | None
+
+
+def rows(
+    reference: str,
+    recipe: DataRecipe,
+    labels: Sequence[str] | None,
+    tell: Listener,
+    labelled: bool = True,
+) -> datasets.Dataset:
+    """The canonical rows of any source, under the recipe's columns and filter, and a run's own `labels`.
+
+    Columns: `id`, the row's number in its source, from 0; `text`; `text_pair` for pairs; `label`, an index of `labels`
+    or a float. With `labelled` False, for prediction, the source needs no labels, and there is no `label`. Raises what
+    `read` raises, and DataError for missing columns, labels that cannot be, and a source that no row of is left.
+    """
+    return canonical(reference, recipe, labels, tell, labelled).rows
+
+
+def canonical(
+    reference: str,
+    recipe: DataRecipe,
+    labels: Sequence[str] | None,
+    tell: Listener,
+    labelled: bool = True,
+) -> Rows:
+    """As `rows`; where `labels` is None in classification, the classes are those found here."""
+    if recipe.task == "generation":
+        raise UsageError("generation is not built yet", where="task", allowed="classification, regression")
+    data, label = recipe.data, recipe.data.label if labelled else None
+    assert label is not None or not labelled, "the recipe room lets no such recipe through"
+    source = read(reference, tell)
+    texts = [data.text] if isinstance(data.text, str) else list(data.text)
+    check_columns(source, {*(data.filter or {}), *texts, *([label] if label else [])}, reference)
+    ids = _filtered(source, data.filter or {}, reference)
+    chosen = source if len(ids) == len(source) else source.select(ids)
+    columns: dict[str, list[Any]] = {"id": ids}
+    for name, column in zip(("text", "text_pair"), texts, strict=False):
+        columns[name] = _texts(chosen, column, reference)
+    names = tuple(labels) if labels is not None else None
+    if label:
+        columns["label"], names = _labels(chosen, label, recipe.task, names, ids, reference, tell)
+    return Rows(_complete(columns, recipe.task, reference, tell), names)
+
+
+def check_columns(source: datasets.Dataset, wanted: set[str], reference: str) -> None:
+    """Raise DataError with every column of `wanted` that the source lacks."""
+    found = source.column_names
+    single = found[0] if len(found) == 1 else ""
+    other = next((sign for sign in (";", "\t", "|", ",") if sign in single), None)
+    problems = [
+        Problem(
+            f"there is no column {name!r}",
+            where=reference,
+            found=", ".join(found),
+            hint=nearest(name, found)
+            or (f"the columns seem to be separated by {other!r}" if other else "the first line is read as the header"),
+        )
+        for name in sorted(wanted - set(found))
+    ]
+    if problems:
+        raise DataError(problems=problems)
+
+
+def cells_of(source: datasets.Dataset, column: str) -> list[Any]:
+    """One column as Python values, without decoding the others."""
+    return source.select_columns([column])[:][column]
+
+
+def _filtered(source: datasets.Dataset, wanted: Mapping[str, Any], reference: str) -> list[int]:
+    """The numbers of the rows that the filter keeps: in every column the value, or one of the values, it names."""
+    ids = list(range(len(source)))
+    for column, value in wanted.items():
+        cells, feature = cells_of(source, column), source.features[column]
+        if isinstance(feature, datasets.ClassLabel):
+            cells = [None if cell is None or cell < 0 else feature.names[cell] for cell in cells]
+        allowed = {_spelled(item) for item in (value if isinstance(value, list | tuple) else [value])}
+        ids = [row for row in ids if _spelled(cells[row]) in allowed]
+        if not ids:
+            values = list(dict.fromkeys(_spelled(cell) for cell in cells))
+            raise DataError(
+                f"no row is left after the filter {column}: {value}",
+                where=reference,
+                found=", ".join(values[:10]) + (", ..." if len(values) > 10 else ""),
+                hint=nearest(str(value), values),
+            )
+    return ids
+
+
+def _spelled(value: Any) -> str:
+    """A cell's or a recipe's value in one spelling: a csv's "1", 1 and 1.0 are the same, and so are null and ""."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _texts(source: datasets.Dataset, column: str, reference: str) -> list[str | None]:
+    """The cells as text, None where blank."""
+    cells = cells_of(source, column)
+    if nested := [cell for cell in cells if isinstance(cell, list | dict | bytes)]:
+        raise DataError(f"column {column!r} holds no text", where=reference, found=repr(nested[0])[:80])
+    return [None if cell is None or not str(cell).strip() else str(cell) for cell in cells]
+
+
+def _labels(
+    source: datasets.Dataset,
+    column: str,
+    task: str,
+    names: tuple[str, ...] | None,
+    ids: list[int],
+    reference: str,
+    tell: Listener,
+) -> tuple[list[Any], tuple[str, ...] | None]:
+    cells, feature, where = cells_of(source, column), source.features[column], f"{reference}: {column}"
+    values: list[Any]
+    if task == "regression":
+        values, names = numbers(cells, ids, where), None
+    else:
+        values = class_texts(cells, feature, where)
+    if all(value is None for value in values):
+        raise DataError(
+            "no row has a label",
+            where=where,
+            hint="some test sets hide theirs: they can be predicted on, not trained or evaluated on",
+        )
+    if task == "classification":
+        names = class_names(values, feature, where) if names is None else names
+        values = class_indices(values, feature, names, ids, where, tell)
+    return values, names
+
+
+def _complete(columns: dict[str, list[Any]], task: str, reference: str, tell: Listener) -> datasets.Dataset:
+    """The rows without a gap in them, the others counted aloud."""
+    wordless = {
+        row for name in ("text", "text_pair") if name in columns for row, t in enumerate(columns[name]) if t is None
+    }
+    unlabelled = {row for row, label in enumerate(columns.get("label", [])) if label is None} - wordless
+    total = len(columns["id"])
+    if dropped := wordless | unlabelled:
+        reasons = [(len(wordless), "without text"), (len(unlabelled), "without a label")]
+        counted = ", ".join(f"{count:,} {reason}" for count, reason in reasons if count)
+        if len(dropped) == total:
+            raise DataError("no row is whole", where=reference, found=f"{counted} of {total:,}")
+        tell(Notice(f"{reference}: {len(dropped):,} of {total:,} rows left out ({counted})", level="warning"))
+        columns = {name: [v for row, v in enumerate(cells) if row not in dropped] for name, cells in columns.items()}
+    label = datasets.Value("float64" if task == "regression" else "int64")
+    kinds = {"id": datasets.Value("int64"), "label": label}
+    features = datasets.Features({name: kinds.get(name, datasets.Value("string")) for name in columns})
+    return datasets.Dataset.from_dict(columns, features=features)

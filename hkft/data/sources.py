@@ -1,0 +1,33 @@
+"""Any reference -> a dataset, with the columns its author gave it."""
+
+from __future__ import annotations
+
+import datasets
+
+from hkft.data.files import read_file
+from hkft.data.hub import read_hub
+from hkft.data.quiet import quiet
+from hkft.data.references import locate, package_path
+from hkft.errors import DataError
+from hkft.events import Listener, Stage
+
+__all__ = ["locate", "package_path", "read"]
+
+
+def read(reference: str, tell: Listener) -> datasets.Dataset:
+    """All rows of `hub:<dataset>[/<config>]#<split>`, of `package:<python package>/<path>`, or of a local file.
+
+    Local files are read into memory, hub datasets through datasets' own cache. Raises UsageError for a malformed
+    reference, SetupError for a missing package or an unreachable hub, DataError for everything about the data itself.
+    """
+    quiet()
+    tell(Stage(f"reading {reference}"))
+    path = locate(reference)
+    if path is None:
+        return read_hub(reference)
+    table = read_file(path)
+    try:
+        return datasets.Dataset(table)
+    except (ValueError, NotImplementedError, TypeError) as error:
+        found = str(error).splitlines()[0]
+        raise DataError("a column has a type that datasets cannot hold", where=str(path), found=found) from None

@@ -1,0 +1,138 @@
+"""A recipe's data section -> its train, validation and test rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+
+from hkft.data.holdout import draw, hold_out
+from hkft.data.rows import DataRecipe, Rows, canonical, cells_of, rows
+from hkft.errors import DataError, UsageError
+from hkft.events import Listener, Notice
+
+__all__ = ["Splits", "fingerprint", "load", "rows"]
+
+NAMES = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Canonical rows (see `rows`) of each split that was asked for, None for the others.
+
+    labels: the class names in the order of their indices; None in regression.
+    fingerprints: split -> sha256 of its rows, the same on every machine.
+    duplicates: validation rows whose text stands in train too, letter case and white space aside; 0 unless both were
+        asked for.
+    """
+
+    train: datasets.Dataset | None
+    validation: datasets.Dataset | None
+    test: datasets.Dataset | None
+    labels: tuple[str, ...] | None
+    fingerprints: dict[str, str]
+    duplicates: int
+
+
+def load(
+    recipe: DataRecipe,
+    tell: Listener,
+    splits: Sequence[str] = ("train", "validation"),
+    labels: Sequence[str] | None = None,
+) -> Splits:
+    """The rows a run works with: read, filtered, mapped to the classes of train, split and drawn with the seed.
+
+    A fraction as `data.validation` is drawn from train by class, with repeats of one text on one side. `labels` gives
+    the classes of an earlier run instead of those found in train. Raises what `rows` raises, and UsageError for a test
+    set that the recipe does not name.
+    """
+    assert set(splits) <= set(NAMES), splits
+    data, known = recipe.data, tuple(labels) if labels is not None else None
+    if "test" in splits and data.test is None:
+        raise UsageError("the recipe names no test set", where="data.test", hint="--set data.test=FILE")
+    fraction = None if isinstance(data.validation, str) else _fraction(data.validation)
+    taken: dict[str, datasets.Dataset] = {}
+    of_train = "train" in splits or (fraction is not None and "validation" in splits)
+    if of_train or (known is None and recipe.task != "regression"):
+        train = canonical(data.train, recipe, known, tell)
+        known = train.labels
+        taken["train"], held = (train.rows, None) if fraction is None else _part(train, fraction, recipe)
+        if held is not None:
+            taken["validation"] = held
+    if fraction is None and "validation" in splits:
+        taken["validation"] = canonical(str(data.validation), recipe, known, tell).rows
+    if "test" in splits:
+        taken["test"] = canonical(str(data.test), recipe, known, tell).rows
+    limits = {"train": data.train_rows, "validation": data.validation_rows}
+    final = {name: _limited(taken[name], limits.get(name), recipe.seed, name, tell) for name in NAMES if name in splits}
+    repeated = _duplicates(final["train"], final["validation"], tell) if {"train", "validation"} <= set(splits) else 0
+    return Splits(
+        final.get("train"),
+        final.get("validation"),
+        final.get("test"),
+        known,
+        {name: fingerprint(split) for name, split in final.items()},
+        repeated,
+    )
+
+
+def fingerprint(split: datasets.Dataset) -> str:
+    """sha256, in hexadecimal, of the rows: one line of JSON each, with the columns in the order of their names."""
+    digest = hashlib.sha256()
+    names = sorted(split.column_names)
+    for row in zip(*(cells_of(split, name) for name in names), strict=True):
+        digest.update(json.dumps(dict(zip(names, row, strict=True))).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _fraction(value: float) -> float:
+    if isinstance(value, bool) or not 0 < value < 1:
+        raise UsageError(
+            "as a number, the validation set is a fraction of train",
+            where="data.validation",
+            found=repr(value),
+            allowed="0 < fraction < 1, or a reference such as hub:glue/sst2#validation",
+        )
+    return value
+
+
+def _keys(split: datasets.Dataset) -> list[tuple[str, ...]]:
+    """What makes two rows the same example: their text, letter case and white space aside."""
+    columns = [cells_of(split, name) for name in ("text", "text_pair") if name in split.column_names]
+    return [tuple(" ".join(text.casefold().split()) for text in texts) for texts in zip(*columns, strict=True)]
+
+
+def _part(train: Rows, fraction: float, recipe: DataRecipe) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Train without its validation part, and that part."""
+    numbered: dict[tuple[str, ...], int] = {}
+    groups = [numbered.setdefault(key, len(numbered)) for key in _keys(train.rows)]
+    strata = cells_of(train.rows, "label") if recipe.task == "classification" else [0] * len(groups)
+    held = hold_out(groups, strata, fraction, recipe.seed)
+    if not held.any():
+        raise DataError(
+            "too few different texts to draw a validation set from",
+            where=recipe.data.train,
+            found=f"{len(groups):,} rows, {len(numbered):,} different",
+        )
+    return train.rows.select(np.flatnonzero(~held)), train.rows.select(np.flatnonzero(held))
+
+
+def _limited(split: datasets.Dataset, wanted: int | None, seed: int, name: str, tell: Listener) -> datasets.Dataset:
+    if wanted is None:
+        return split
+    if wanted > len(split):
+        tell(Notice(f"data.{name}_rows asks for {wanted:,} rows; there are {len(split):,}, all are used"))
+    return split if wanted >= len(split) else split.select(draw(len(split), wanted, seed))
+
+
+def _duplicates(train: datasets.Dataset, validation: datasets.Dataset, tell: Listener) -> int:
+    seen = set(_keys(train))
+    count = sum(key in seen for key in _keys(validation))
+    if count:
+        share = f"{count:,} of {len(validation):,} validation rows ({count / len(validation):.1%})"
+        tell(Notice(f"{share} are in train too: the validation scores flatter", level="warning"))
+    return count

@@ -1,0 +1,137 @@
+"""Canonical rows -> examples a model takes, and examples -> a padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from hkft.data.quiet import quiet
+from hkft.errors import SetupError, UsageError
+from hkft.events import Listener, Notice, Stage
+
+BATCH = 1000
+MUCH = 0.05  # a larger share of cut rows is a warning
+NOT_FOR_THE_MODEL = ("id", "length")
+
+_KINDS = {
+    "input_ids": datasets.List(datasets.Value("int32")),
+    "attention_mask": datasets.List(datasets.Value("int8")),
+    "token_type_ids": datasets.List(datasets.Value("int32")),
+}
+
+
+def tokenise(
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    tell: Listener,
+    name: str = "rows",
+) -> datasets.Dataset:
+    """The rows as examples, in memory and in their order: no padding, at most `max_length` tokens.
+
+    Columns: `input_ids`, `attention_mask` and, where the tokenizer has them, `token_type_ids`; `labels` where the rows
+    have a `label`; `id`; `length` in tokens. Rows that are cut are counted aloud under `name`. A tokenizer without a
+    padding token is given its end-of-sequence token. Raises SetupError where it has neither, UsageError where
+    `max_length` leaves no room for text.
+    """
+    quiet()
+    ensure_padding(tokenizer, tell)
+    paired = "text_pair" in rows.column_names
+    longest = _longest(tokenizer, max_length, paired, tell)
+    cut = done = 0
+
+    def encode(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
+        nonlocal cut, done
+        encoded, over = _encode(tokenizer, batch["text"], batch["text_pair"] if paired else None, longest)
+        cut += over
+        done += len(batch["id"])
+        tell(Stage(f"tokenising {name}", done, len(rows)))
+        kept = {"labels": batch["label"]} if "label" in batch else {}
+        return encoded | kept | {"id": batch["id"], "length": [len(ids) for ids in encoded["input_ids"]]}
+
+    examples = rows.map(
+        encode,
+        batched=True,
+        batch_size=BATCH,
+        remove_columns=rows.column_names,
+        features=_features(rows, tokenizer),
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        new_fingerprint="tokenised",  # else datasets pickles the tokenizer to name a cache file that is never written
+    )
+    if cut:
+        share = f"{cut:,} of {len(rows):,} {name} ({cut / len(rows):.1%})"
+        level = "warning" if cut > MUCH * len(rows) else "info"
+        tell(Notice(f"{share} are longer than {longest} tokens and were cut: data.max_length", level=level))
+    return examples
+
+
+def ensure_padding(tokenizer: PreTrainedTokenizerBase, tell: Listener) -> None:
+    """Give a tokenizer without a padding token its end-of-sequence token, aloud. Raises SetupError: it has neither."""
+    if tokenizer.pad_token is not None:
+        return
+    if tokenizer.eos_token is None:
+        raise SetupError(
+            "the tokenizer has neither a padding nor an end-of-sequence token: no batch can be built",
+            where=tokenizer.name_or_path or None,
+            hint="set `pad_token` in its tokenizer_config.json",
+        )
+    tokenizer.pad_token = tokenizer.eos_token
+    tell(Notice(f"the tokenizer has no padding token: its end-of-sequence token {tokenizer.eos_token!r} pads"))
+
+
+def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], Any]:
+    """Examples -> one batch of tensors [B,L], L a multiple of 8, without the columns that are not the model's."""
+    return _Collator(tokenizer, pad_to_multiple_of=8)
+
+
+@dataclass
+class _Collator(DataCollatorWithPadding):
+    def __call__(self, features: list[dict[str, Any]]) -> Any:
+        inputs = [{key: value for key, value in row.items() if key not in NOT_FOR_THE_MODEL} for row in features]
+        return super().__call__(inputs)
+
+
+def _longest(tokenizer: PreTrainedTokenizerBase, max_length: int, paired: bool, tell: Listener) -> int:
+    special = tokenizer.num_special_tokens_to_add(pair=paired)
+    least = special + (2 if paired else 1)
+    if max_length < least:
+        raise UsageError(
+            "no token of text would be left",
+            where="data.max_length",
+            found=str(max_length),
+            allowed=f"from {least}: the tokenizer adds {special} tokens of its own",
+        )
+    if max_length > tokenizer.model_max_length:
+        tell(Notice(f"data.max_length {max_length} is more than the model takes: {tokenizer.model_max_length} is used"))
+    return min(max_length, tokenizer.model_max_length)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], pairs: Sequence[str] | None, longest: int
+) -> tuple[dict[str, list[list[int]]], int]:
+    """The encoded texts, and how many were cut: only those are tokenised twice."""
+    encoded = dict(tokenizer(list(texts), None if pairs is None else list(pairs), truncation=False, verbose=False))
+    over = [row for row, ids in enumerate(encoded["input_ids"]) if len(ids) > longest]
+    if over:
+        again = tokenizer(
+            [texts[row] for row in over],
+            None if pairs is None else [pairs[row] for row in over],
+            truncation=True,
+            max_length=longest,
+        )
+        for name, column in encoded.items():
+            for row, cells in zip(over, again[name], strict=True):
+                column[row] = cells
+    return {name: encoded[name] for name in encoded if name in _KINDS}, len(over)
+
+
+def _features(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> datasets.Features:
+    features: dict[str, Any] = {name: kind for name, kind in _KINDS.items() if name in tokenizer.model_input_names}
+    if "label" in rows.column_names:
+        features["labels"] = rows.features["label"]
+    return datasets.Features({**features, "id": datasets.Value("int64"), "length": datasets.Value("int64")})
