@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from hkft.api import train
     from hkft.dropout.attach import Attachment, attach, attached
     from hkft.dropout.method import METHODS, Consistency, Method, Site
     from hkft.errors import HkftError
     from hkft.training.objective import consistency_loss
-    from hkft.api import train
     from hkft.training.trainer import Trainer
 
 __all__ = [

@@ -6,8 +6,8 @@ neither: it only calls `tell(event)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -90,7 +90,7 @@ class Finished:
 
     run: str
     summary: Mapping[str, Any]
-    sites: list[Mapping[str, Any]] = field(default_factory=list)
+    sites: Sequence[Mapping[str, Any]] = ()
 
 
 Event = Stage | Notice | Started | TrainStep | Evaluated | Finished

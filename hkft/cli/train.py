@@ -1,0 +1,47 @@
+"""hkft train"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hkft.cli.shared import Debug, Json, Recipe, Set, quiet, reported, show_json
+
+
+@reported
+def train(
+    recipe: Recipe,
+    set: Set = None,  # noqa: A002
+    output: Annotated[
+        Path | None, typer.Option(help="The run folder. Default: runs/<recipe>-<method>-s<seed>-<hash>")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that folder.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show every value and where it comes from; train nothing.")
+    ] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a recipe, watching the gap between training and validation; writes a run folder."""
+    from hkft.recipe import load
+
+    loaded = load(recipe, set or ())
+    if dry_run:
+        from hkft.view.recipe import show_provenance
+
+        return (
+            show_json({"resolved": loaded.model_dump(), "from": loaded.provenance}) if json else show_provenance(loaded)
+        )
+    from hkft.view.terminal import view
+
+    with view(json=json) as tell:
+        quiet(tell)
+        from hkft import api
+        from hkft.folder import read_json
+
+        folder = api.train(loaded, output=output, resume=resume, tell=tell)
+    if json:
+        show_json({"run": str(folder.path), **read_json(folder.summary)})
+    return None

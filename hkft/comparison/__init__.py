@@ -1,0 +1,1 @@
+"""Methods against each other over seeds: the grid, the statistics, the tables."""

@@ -1,0 +1,84 @@
+"""What stands between a table and a fair comparison: sentences, from groups of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hkft.comparison.runs import Group, Run, differing
+from hkft.comparison.statistics import critical_t
+
+OPTIMISTIC = "selected and reported on the same validation rows: optimistic"
+SMALL = 5  # seeds below which the reach of a t test is worth a sentence
+
+# What a fair pair shares, seed by seed: a fraction of train as validation is drawn anew with every seed.
+SHARED: dict[str, Callable[[Run], Any]] = {
+    "training rows": lambda run: run.data.get("train"),
+    "validation rows": lambda run: run.data.get("validation"),
+    "number of steps": lambda run: run.summary["total_steps"],
+    "model": lambda run: run.summary["model"],
+    "device, so that their times cannot be compared": lambda run: run.device,
+}
+
+
+def unfair(group: Group, baseline: Group) -> list[str]:
+    """Why the two are no fair pair, a sentence each; and the seeds that only one of them has."""
+    pair = f"{group.label} and {baseline.label}"
+    shared = [seed for seed in group.seeds if seed in baseline.runs]
+    sentences = []
+    for name, read in SHARED.items():
+        seeds = [seed for seed in shared if read(group.runs[seed]) != read(baseline.runs[seed])]
+        if seeds:
+            found = " and ".join(_show(read(of.runs[seeds[0]])) for of in (group, baseline))
+            sentences.append(f"{pair} are no fair pair: other {name} ({_seeds(seeds)}: {found})")
+    for key in differing([group.first, baseline.first]):
+        if not key.startswith("dropout.") and key != "model.name":
+            found = " and ".join(_show(of.first.settings.get(key)) for of in (group, baseline))
+            sentences.append(f"{pair} differ in more than dropout: {key} is {found}")
+    alone = [(a.label, [seed for seed in a.seeds if seed not in b.runs]) for a, b in _both(group, baseline)]
+    only = [f"only {label} has {_seeds(seeds)}" for label, seeds in alone if seeds]
+    if only:
+        sentences.append(f"{pair} are paired over {len(shared)} seed{'s' * (len(shared) != 1)}: {'; '.join(only)}")
+    return sentences
+
+
+def notes(groups: Mapping[str, Group], baseline: Group, metric: str) -> list[str]:
+    """How to read the numbers."""
+    runs = [run for group in groups.values() for run in group.runs.values()]
+    criterion = " or ".join(dict.fromkeys(run.settings.get("diagnostics.metric") or "loss" for run in runs))
+    sentences = [f"best {metric} is that of the checkpoint with the best validation {criterion}, {OPTIMISTIC}"]
+    if len({group.method for group in groups.values()}) < len(groups):
+        sentences.append("settings of one method were tried on the rows that are reported: its best is optimistic too")
+    others = len(groups) - 1
+    if others:
+        corrected = f", Holm-corrected over {others} comparisons (the intervals are not)" if others > 1 else ""
+        sentences.append(
+            f"differences are to {baseline.label}, paired by seed, with 95 % intervals; "
+            f"p is of the paired t test{corrected}"
+        )
+    fewest = min(len(group.runs) for group in groups.values())
+    if others and 1 < fewest < SMALL:
+        sentences.append(f"with {fewest} seeds a paired t test needs |t| > {critical_t(fewest):.2f}")
+    if len(baseline.runs) > 1:
+        anew = len({run.data.get("validation") for run in baseline.runs.values()}) > 1
+        sentences.append(
+            "each seed drew its own rows: the spread is that of rows, initial weights and order together"
+            if anew
+            else "all seeds share the validation rows: the spread does not tell what other rows would show"
+        )
+    if any(run.device.startswith("cpu") for run in runs):
+        sentences.append("on a CPU peak memory is the process's: within one grid a later run never shows less")
+    return sentences
+
+
+def _both(group: Group, baseline: Group) -> list[tuple[Group, Group]]:
+    return [(group, baseline), (baseline, group)]
+
+
+def _show(value: Any) -> str:
+    """A value in a sentence; a fingerprint by its beginning."""
+    return value[:8] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"

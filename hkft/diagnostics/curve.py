@@ -1,0 +1,55 @@
+"""A training curve as data: one point per evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hkft.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One evaluation.
+
+    train_loss: with `eval_mode`, of a fixed probe of the training rows, measured as the validation loss is; without it,
+        what a training loop logged about the batches it was learning from.
+    metrics: the task's metrics on the validation rows, by name.
+    """
+
+    step: int
+    train_loss: float
+    validation_loss: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    eval_mode: bool = True
+
+
+def from_records(records: Iterable[Mapping[str, Any]]) -> list[Point]:
+    """The curve in the lines of a `metrics.jsonl`: its "eval" records, by step; all others are skipped.
+
+    A step that was evaluated twice, as a resumed run may do, counts with its last record. A loss of null is NaN.
+    Raises DataError on an "eval" record without a step or a loss.
+    """
+    points = [_point(record) for record in records if record.get("event") == "eval"]
+    by_step = {point.step: point for point in points}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _point(record: Mapping[str, Any]) -> Point:
+    try:
+        probe, validation = record["train_probe"], record["validation"]
+        losses = _number(probe["loss"]), _number(validation["loss"])
+        metrics = {name: _number(value) for name, value in validation.items() if name != "loss"}
+        return Point(int(record["step"]), *losses, metrics)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            "an evaluation in this file cannot be read",
+            where=f"eval record at step {record.get('step', '?')}",
+            found=", ".join(map(str, record)),
+            allowed="step, train_probe.loss and validation.loss, as `hkft train` writes them",
+        ) from error
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)

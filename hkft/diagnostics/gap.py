@@ -1,0 +1,26 @@
+"""The gap between training and validation rows, measured the same way at both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+LOWER_IS_BETTER = frozenset({"loss", "mse", "rmse", "mae", "perplexity", "calibration_error", "brier"})
+MAIN_METRICS = {"classification": "accuracy", "regression": "pearson"}
+
+
+def gap(train_probe: Mapping[str, float], validation: Mapping[str, float]) -> dict[str, float]:
+    """How much worse validation is than the probe of the training rows, for every number that both have.
+
+    Losses and errors: validation - probe. Metrics where higher is better: probe - validation. A positive gap is thus
+    always a worse validation. The unit is the number's own.
+    """
+    return {
+        name: validation[name] - train_probe[name] if name in LOWER_IS_BETTER else train_probe[name] - validation[name]
+        for name in train_probe
+        if name in validation
+    }
+
+
+def main_metric(task: str) -> str:
+    """The one metric a task is told by: accuracy of a classification, Pearson's r of a regression."""
+    return MAIN_METRICS[task]

@@ -1,0 +1,319 @@
+"""What a training curve says about overfitting, in one word and one sentence.
+
+The names, and when each is given. The first that holds, from the top, is the verdict:
+
+    unclear           fewer than 4 evaluations, unless they are overwhelming: validation loss half as high again as at
+                      its lowest, and the train loss halved
+    overfitting       validation loss has turned while train loss falls
+    loss-overfitting  the same, but the task's metric on validation still rises: the model grows too sure of itself,
+                      its decisions still improve
+    memorising        probe loss near zero with a wide gap, and validation loss has *not* turned. Eval mode only: never
+                      said of a foreign curve, which has no probe
+    unclear           both losses fell, and both rise since the turn: training is unstable
+    underfitting      train loss itself does not fall
+    unclear           the noise hides whether validation loss has turned
+    healthy           train loss falls, and validation loss is at its lowest or within noise of it
+
+Why overfitting goes before memorising, where both are true: a turn has a step, so there is something to do at once
+(take the checkpoint of that step, train no longer). Memorising without a turn has no better step to go back to: what
+helps is dropout, more rows, a lower rank. Where both hold, the sentence says both.
+
+How it is decided. Every rule weighs the size of a change against the noise of its own curve; no single number decides.
+
+noise       standard deviation of a curve about the best fit that falls to its lowest point and rises after it. The
+            degrees of freedom are the evaluations less the levels of that fit. At least 2 % of the curve's level,
+            because few points always fit well.
+level       of the lowest point: the median of it and its two neighbours, so that one lucky evaluation is not a turn. Of
+            the end: the median of the last third of the evaluations that follow the lowest.
+turned      the end lies 5 % or more above the lowest, and either 4 times the noise above it with two or more
+            evaluations since, or twice the noise with a rising trend since (Kendall's tau, one-sided p <= 0.05).
+falls       the train loss ends 5 % or more, and twice its noise, below its first evaluation; or its trend over all
+            evaluations falls (p <= 0.05) and it ends 5 % below.
+near zero   the probe loss is at most a tenth of the lowest validation loss: a ratio, as each task has its own unit.
+wide        the gap is at least a quarter of the larger of the first two losses.
+rises       the metric at the end is above the metric at the turn by more than its noise (for errors, where lower is
+            better: below).
+confidence  "low" below 4 evaluations; "high" from 6 on where trend and size agree; otherwise "medium".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from hkft.diagnostics.curve import Point
+from hkft.diagnostics.gap import LOWER_IS_BETTER
+
+Name = Literal["healthy", "underfitting", "overfitting", "loss-overfitting", "memorising", "unclear"]
+Confidence = Literal["low", "medium", "high"]
+
+ENOUGH = 4  # evaluations
+MATERIAL = 0.05  # of the level
+NOISE_FLOOR = 0.02  # of the level
+NEAR_ZERO = 0.1  # of the lowest validation loss
+WIDE = 0.25  # of the larger of the first losses
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A name of the module's table, and why.
+
+    since_step: overfitting and loss-overfitting: the step where validation loss was lowest, the turn. Memorising: the
+        first evaluation from which on it holds. Otherwise None.
+    text: one plain sentence with the numbers.
+    """
+
+    name: Name
+    since_step: int | None
+    confidence: Confidence
+    text: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def verdict(curve: Sequence[Point], *, metric: str | None = None) -> Verdict:
+    """The verdict on a curve, by the rules above.
+
+    metric: the task's metric, which tells confidence from decisions; None leaves it out.
+    Evaluations whose losses are not finite do not count.
+    """
+    finite = [point for point in curve if math.isfinite(point.train_loss) and math.isfinite(point.validation_loss)]
+    if not finite:
+        return Verdict("unclear", None, "low", "Unclear: there is no evaluation with a finite loss on both sides.")
+    shape = _Shape(sorted(finite, key=lambda point: point.step), metric)
+    if len(finite) < ENOUGH:
+        return _of_few(shape)
+    if shape.turned and shape.train_keeps_falling:
+        return _overfitting(shape)
+    if shape.memorised:
+        return _memorising(shape)
+    if shape.turned and shape.train_fell_until_the_turn:
+        return _unstable(shape)
+    if not shape.train_falls:
+        return _underfitting(shape)
+    if shape.hidden_by_noise:
+        return _noisy(shape)
+    return _healthy(shape)
+
+
+class _Shape:
+    """What is measured of a curve of one or more points; the terms are those of the module's docstring."""
+
+    def __init__(self, points: Sequence[Point], metric: str | None) -> None:
+        self.points = points
+        self.metric = metric
+        self.train = np.array([point.train_loss for point in points])
+        self.validation = np.array([point.validation_loss for point in points])
+        self.turn = int(self.validation.argmin())
+        self.eval_mode = all(point.eval_mode for point in points)
+
+    @cached_property
+    def noise(self) -> float:
+        return _noise(self.validation, self.turn)
+
+    @cached_property
+    def rise(self) -> float:
+        """Level of the end less level of the lowest validation loss."""
+        return _end(self.validation, self.turn) - _around(self.validation, self.turn)
+
+    @cached_property
+    def trend(self) -> float:
+        """One-sided p of a rising validation loss since its lowest."""
+        return _rising(self.validation[self.turn :])
+
+    @property
+    def material(self) -> bool:
+        return self.rise >= MATERIAL * abs(_around(self.validation, self.turn))
+
+    @property
+    def turned(self) -> bool:
+        since = len(self.points) - 1 - self.turn
+        by_size = self.rise >= 4 * self.noise and since >= 2
+        by_trend = self.rise >= 2 * self.noise and self.trend <= SIGNIFICANT
+        return self.material and (by_size or by_trend)
+
+    @cached_property
+    def train_falls(self) -> bool:
+        first, end = self.train[0], _end(self.train, 0)
+        fall = first - end
+        noise = _noise(self.train, int(self.train.argmin()))
+        return fall >= MATERIAL * abs(first) and (fall >= 2 * noise or _rising(-self.train) <= SIGNIFICANT)
+
+    @property
+    def train_keeps_falling(self) -> bool:
+        """Fell, and has not come up again since the turn by more than its noise."""
+        since = _end(self.train, self.turn) - self.train[self.turn]
+        return self.train_falls and since <= 2 * _noise(self.train, int(self.train.argmin()))
+
+    @property
+    def train_fell_until_the_turn(self) -> bool:
+        return bool(self.train[0] - self.train[self.turn] >= MATERIAL * abs(self.train[0]))
+
+    @cached_property
+    def memorised_at(self) -> list[bool]:
+        near = self.train <= NEAR_ZERO * self.validation.min()
+        wide = self.validation - self.train >= WIDE * max(self.train[0], self.validation[0])
+        return list(near & wide)
+
+    @property
+    def memorised(self) -> bool:
+        return self.eval_mode and len(self.points) > 1 and self.memorised_at[-1]
+
+    @property
+    def hidden_by_noise(self) -> bool:
+        """A material rise without evidence, one lucky evaluation, or noise that drowns rise and fall alike."""
+        level = _around(self.validation, self.turn)
+        lucky = _end(self.validation, self.turn) - self.validation[self.turn]
+        drowned = self.noise > 2 * MATERIAL * abs(level) and self.validation[0] - level < 4 * self.noise
+        return self.material or drowned or lucky >= max(4 * self.noise, MATERIAL * abs(level))
+
+    @cached_property
+    def metric_change(self) -> tuple[float, float] | None:
+        """The metric at the turn and at the end, if it rises between them by more than its noise."""
+        if self.metric is None or any(self.metric not in point.metrics for point in self.points):
+            return None
+        values = np.array([point.metrics[self.metric] for point in self.points])
+        if not np.isfinite(values).all():
+            return None
+        sign = 1 if self.metric in LOWER_IS_BETTER else -1  # the noise is measured about a curve that falls
+        noise = _noise(sign * values, int((sign * values).argmin()), floor=NOISE_FLOOR / 4)
+        better = -sign * (_end(values, self.turn) - values[self.turn])
+        return (values[self.turn], values[-1]) if better > noise else None
+
+    @property
+    def at(self) -> int:
+        return self.points[self.turn].step
+
+    @property
+    def rows(self) -> str:
+        return "the loss on training rows" if self.eval_mode else "the training loss"
+
+    @property
+    def gap(self) -> str:
+        return f"gap {show(self.validation[-1] - self.train[-1])}"
+
+    def confidence(self, sure: bool) -> Confidence:
+        if len(self.points) < ENOUGH:
+            return "low"
+        return "high" if sure and len(self.points) >= 6 else "medium"
+
+
+def _of_few(shape: _Shape) -> Verdict:
+    risen = shape.validation[-1] >= 1.5 * shape.validation.min()
+    halved = shape.train[-1] <= 0.5 * shape.train[0]
+    if risen and halved:
+        return _overfitting(shape)
+    if shape.memorised:
+        return _memorising(shape)
+    count = f"{len(shape.points)} evaluation{'s' * (len(shape.points) > 1)}"
+    text = f"Unclear: {count} cannot show a trend, it takes {ENOUGH} ({shape.gap} at the last)."
+    return Verdict("unclear", None, "low", text)
+
+
+def _overfitting(shape: _Shape) -> Verdict:
+    before, after = shape.train[shape.turn], shape.train[-1]
+    moved = f"fell from {show(before)} to {show(after)}" if after < before else f"stayed near {show(after)}"
+    nearly = ", nearly memorised" if shape.memorised else ""
+    losses = f"validation loss rose from {show(shape.validation[shape.turn])} to {show(shape.validation[-1])}"
+    confidence = shape.confidence(shape.trend <= SIGNIFICANT and shape.rise >= 3 * shape.noise)
+    if shape.metric_change:
+        start, end = shape.metric_change
+        text = (
+            f"Overfitting in the loss since step {shape.at}, not in the decisions: {losses} while validation "
+            f"{shape.metric} still improved from {show(start)} to {show(end)} and {shape.rows} {moved}{nearly} "
+            f"({shape.gap})."
+        )
+        return Verdict("loss-overfitting", shape.at, confidence, text)
+    text = f"Overfitting since step {shape.at}: {losses} while {shape.rows} {moved}{nearly} ({shape.gap})."
+    return Verdict("overfitting", shape.at, confidence, text)
+
+
+def _memorising(shape: _Shape) -> Verdict:
+    others = [index for index, holds in enumerate(shape.memorised_at) if not holds]
+    since = shape.points[others[-1] + 1 if others else 0].step
+    text = (
+        f"Memorising since step {since}: the loss on training rows is {show(shape.train[-1])}, near zero, with "
+        f"{show(shape.validation[-1])} on validation ({shape.gap}), although validation loss has not turned."
+    )
+    return Verdict("memorising", since, shape.confidence(sum(shape.memorised_at) >= 2), text)
+
+
+def _underfitting(shape: _Shape) -> Verdict:
+    text = (
+        f"Underfitting: {shape.rows} does not fall, {show(shape.train[0])} at step {shape.points[0].step} and "
+        f"{show(shape.train[-1])} at step {shape.points[-1].step} ({shape.gap})."
+    )
+    rises = shape.train[-1] >= shape.train[0]
+    return Verdict("underfitting", None, shape.confidence(bool(rises) or _rising(-shape.train) > 0.2), text)
+
+
+def _unstable(shape: _Shape) -> Verdict:
+    text = (
+        f"Unclear: both losses rise since step {shape.at}, validation from {show(shape.validation[shape.turn])} to "
+        f"{show(shape.validation[-1])} and train from {show(shape.train[shape.turn])} to {show(shape.train[-1])}, "
+        f"which is unstable training, not overfitting ({shape.gap})."
+    )
+    return Verdict("unclear", None, shape.confidence(False), text)
+
+
+def _noisy(shape: _Shape) -> Verdict:
+    text = (
+        f"Unclear: validation loss is {show(shape.validation[-1])} after a lowest of "
+        f"{show(shape.validation[shape.turn])} at step {shape.at}, too noisy to tell whether it has turned "
+        f"({shape.gap})."
+    )
+    return Verdict("unclear", None, shape.confidence(False), text)
+
+
+def _healthy(shape: _Shape) -> Verdict:
+    lowest, last = shape.validation[shape.turn], shape.validation[-1]
+    still = "at its lowest" if last == lowest else f"within noise of its lowest, {show(lowest)} at step {shape.at}"
+    text = (
+        f"Healthy: validation loss is {show(last)}, {still}, while {shape.rows} fell from {show(shape.train[0])} to "
+        f"{show(shape.train[-1])} ({shape.gap})."
+    )
+    return Verdict("healthy", None, shape.confidence(shape.noise <= MATERIAL * abs(lowest)), text)
+
+
+def show(number: float) -> str:
+    """Three decimals where they say something, three digits elsewhere."""
+    return f"{number:.3f}" if number == 0 or 0.001 <= abs(number) < 1000 else f"{number:.3g}"
+
+
+def _around(values: np.ndarray, index: int) -> float:
+    return float(np.median(values[max(index - 1, 0) : index + 2]))
+
+
+def _end(values: np.ndarray, start: int) -> float:
+    """Median of the last third of what follows `start`; the value there if nothing follows."""
+    after = values[start + 1 :] if start + 1 < len(values) else values[start:]
+    return float(np.median(after[-math.ceil(len(after) / 3) :]))
+
+
+def _noise(values: np.ndarray, turn: int, floor: float = NOISE_FLOOR) -> float:
+    """Standard deviation about the best fit that falls until `turn` and rises after it."""
+    from scipy.optimize import isotonic_regression
+
+    falling = isotonic_regression(values[: turn + 1], increasing=False).x
+    rising = isotonic_regression(values[turn:]).x
+    fit = np.concatenate([falling, rising[1:]])
+    freedom = len(values) - len(np.unique(fit))
+    deviation = math.sqrt(float(((values - fit) ** 2).sum()) / freedom) if freedom else 0.0
+    return max(deviation, floor * abs(float(np.median(values))))
+
+
+def _rising(values: np.ndarray) -> float:
+    """One-sided p of Kendall's tau against time: small where the values rise."""
+    from scipy.stats import kendalltau
+
+    if len(values) < 3 or np.ptp(values) == 0:
+        return 1.0
+    _, p = np.asarray(kendalltau(range(len(values)), values, alternative="greater"))
+    return float(p)

@@ -1,0 +1,96 @@
+"""One way to look at a model in eval mode, used at every evaluation in training, by `hkft eval` and by the merge's check.
+
+Dropout off, no gradients, a loss of its own for every example: so numbers of two looks are comparable, whatever rows they
+are taken on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from hkft.evaluation.metrics import LOSSES, score
+from hkft.events import Listener, Stage, silent
+
+Collate = Callable[[list[dict[str, Any]]], Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model said of some rows, in the rows' order. `labels` and `losses` are None for unlabelled rows."""
+
+    task: str
+    ids: list[Any]
+    logits: NDArray[np.floating]  # [N, classes] or [N, 1]
+    labels: NDArray | None  # [N]
+    losses: NDArray[np.floating] | None  # [N], nats or squared units
+
+    def metrics(self) -> dict[str, float]:
+        """Mean loss and the task's metrics."""
+        assert self.labels is not None and self.losses is not None, "metrics need labels"
+        return {"loss": float(self.losses.mean()), **score(self.task, self.logits, self.labels)}
+
+    def records(self, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """One record a row, as `predictions/*.jsonl` holds them; `names` are the classes' names."""
+        classes = self.task == "classification"
+        decided = self.logits.argmax(1) if classes else self.logits[:, 0]
+
+        def shown(value: Any) -> Any:
+            if not classes:
+                return float(value)
+            return names[int(value)] if names else int(value)
+
+        return [
+            {
+                "id": self.ids[row],
+                "label": None if self.labels is None else shown(self.labels[row]),
+                "prediction": shown(decided[row]),
+                "loss": None if self.losses is None else float(self.losses[row]),
+                "logits": [float(x) for x in self.logits[row]],
+            }
+            for row in range(len(self.ids))
+        ]
+
+
+def predict(
+    model: nn.Module,
+    examples: Any,
+    collate: Collate,
+    *,
+    task: str,
+    batch_size: int,
+    precision: torch.dtype | None = None,
+    tell: Listener = silent,
+    text: str = "evaluating",
+) -> Predictions:
+    """Run `model` in eval mode over tokenised `examples` (columns id, length, input_ids, ..., labels if there are any).
+
+    Longest batches first, so that nothing is padded far and running out of memory shows at once. precision: autocast to
+    this dtype, as training did. The model's mode is put back as it was.
+    """
+    order = np.argsort(-np.asarray(examples["length"]), kind="stable")
+    device = next(model.parameters()).device
+    autocast = torch.autocast(device.type, precision) if precision else nullcontext()
+    was_training = model.training
+    model.eval()
+    pieces = []
+    try:
+        with torch.inference_mode(), autocast:
+            for start in range(0, len(order), batch_size):
+                rows = [examples[int(n)] for n in order[start : start + batch_size]]
+                batch = {k: v.to(device) for k, v in collate(rows).items() if k != "labels"}
+                pieces.append(model(**batch).logits.float().cpu().numpy())
+                tell(Stage(text, min(start + batch_size, len(order)), len(order)))
+    finally:
+        model.train(was_training)
+    logits = np.concatenate(pieces)[np.argsort(order)]
+    labels = np.asarray(examples["labels"]) if "labels" in examples.column_names else None
+    losses = None if labels is None else LOSSES[task](logits, labels)
+    return Predictions(task, list(examples["id"]), logits, labels, losses)

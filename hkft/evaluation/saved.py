@@ -1,0 +1,159 @@
+"""What was trained, loaded again: a run's adapter, or any PEFT adapter folder, on its base model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from hkft.data import splits, tokenise
+from hkft.data.rows import rows as read_rows
+from hkft.errors import SetupError, UsageError
+from hkft.evaluation.predict import Predictions, predict
+from hkft.events import Listener, Notice, Stage, silent
+from hkft.folder import RunFolder, read_json, write_jsonl
+from hkft.model import build
+from hkft.recipe import Recipe, load
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A trained model in eval mode, and what it was trained with."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe
+    labels: tuple[str, ...] | None
+    folder: RunFolder | None  # None: an adapter without a run
+    adapter: Path
+
+
+def find(source: str | Path, checkpoint: str = "best") -> tuple[RunFolder | None, Path]:
+    """The run (if it is one) and the adapter folder that `source` and `checkpoint` name.
+
+    source: a run folder or a PEFT adapter folder. checkpoint: "best", "last", or a path. Raises UsageError.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise UsageError("there is no such folder", where=str(source), allowed="a run folder, or an adapter folder")
+    if (path / "adapter_config.json").exists():
+        return None, path
+    folder = RunFolder(path)
+    if not folder.exists:
+        raise UsageError(
+            "this is neither a run folder nor an adapter folder",
+            where=str(source),
+            allowed="a folder with summary.json, or with adapter_config.json",
+        )
+    adapter = {"best": folder.adapter, "last": folder.last_checkpoint()}.get(checkpoint, Path(checkpoint))
+    if adapter is None or not (adapter / "adapter_config.json").exists():
+        raise UsageError(
+            f"the run has no {checkpoint} adapter",
+            where=str(adapter or folder.checkpoints),
+            allowed="best, last, or the path of an adapter folder",
+            hint="the run may have ended before its first evaluation",
+        )
+    return folder, adapter
+
+
+def load_saved(
+    source: str | Path,
+    *,
+    checkpoint: str = "best",
+    recipe: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    tell: Listener = silent,
+) -> Saved:
+    """Load a run or an adapter for use. An adapter without a run needs `recipe`, which says base, task and data.
+
+    The labels are those of the run, never those of the data it is now shown. Raises UsageError, SetupError, RecipeError.
+    """
+    folder, adapter = find(source, checkpoint)
+    if folder is None and recipe is None:
+        raise UsageError(
+            "an adapter alone does not say what its task and its data are",
+            where=str(adapter),
+            hint="--recipe names the recipe it was trained with, or one like it",
+        )
+    read = load(recipe if recipe is not None else str(_resolved(folder)), overrides)
+    labels = _labels(folder, read, tell)
+    tell(Stage(f"loading {read.model.name}"))
+    tokenizer = build.tokenizer(read)
+    tokenise.ensure_padding(tokenizer, silent)
+    base = build.base(read, labels, build.padding_id(tokenizer))
+    try:
+        model = PeftModel.from_pretrained(base, str(adapter))
+    except (RuntimeError, ValueError, OSError, json.JSONDecodeError) as error:
+        raise SetupError(
+            "the adapter does not fit the base model",
+            where=str(adapter),
+            found=str(error).strip().splitlines()[0],
+            hint="was it trained on another model, or with another number of labels?",
+        ) from error
+    model.eval()
+    return Saved(model, tokenizer, read, labels, folder, adapter)
+
+
+def examples_of(saved: Saved, split: str, tell: Listener = silent) -> Any:
+    """Tokenised examples of "validation", "test" or "train" of the recipe, or of any file or reference given as `split`.
+
+    A run's train and validation rows are the very rows it had, drawn again with its seed; where its data has changed
+    since, or `--set` has, that is said.
+    """
+    recipe = saved.recipe
+    if split in splits.NAMES:
+        drawn = splits.load(recipe, tell, (split,), saved.labels)
+        chosen = getattr(drawn, split)
+        if saved.folder is not None and drawn.fingerprints[split] != _fingerprint(saved.folder, split):
+            tell(Notice(f"these {split} rows are not those the run was trained with", "warning"))
+    else:
+        chosen = read_rows(split, recipe, saved.labels, tell)
+    return tokenise.tokenise(chosen, saved.tokenizer, recipe.data.max_length, tell, name=split)
+
+
+def evaluate(saved: Saved, split: str = "validation", tell: Listener = silent) -> Predictions:
+    """Predictions on a split, computed as training computes them at every look, so the numbers are the same."""
+    return predict(
+        saved.model,
+        examples_of(saved, split, tell),
+        tokenise.collator(saved.tokenizer),
+        task=saved.recipe.task,
+        batch_size=saved.recipe.train["per_device_eval_batch_size"],
+        tell=tell,
+        text=f"evaluating {split}",
+    )
+
+
+def keep(saved: Saved, split: str, predictions: Predictions) -> str | None:
+    """Write a run's predictions on its test set, or on another file, into its folder; None where nothing is written.
+
+    Those of the probe and of validation are training's own, of its best step, and stay.
+    """
+    if saved.folder is None or split in ("train", "validation"):
+        return None
+    target = saved.folder.predictions("test" if split == "test" else Path(split.partition("#")[0]).stem)
+    write_jsonl(target, predictions.records(saved.labels))
+    return str(target)
+
+
+def _fingerprint(folder: RunFolder, split: str) -> str | None:
+    return read_json(folder.environment)["data"].get(split)
+
+
+def _resolved(folder: RunFolder | None) -> Path:
+    assert folder is not None
+    return folder.resolved
+
+
+def _labels(folder: RunFolder | None, recipe: Recipe, tell: Listener) -> tuple[str, ...] | None:
+    if recipe.task == "regression":
+        return None
+    if folder is not None:
+        return tuple(read_json(folder.splits)["labels"])
+    drawn = splits.load(recipe, tell)
+    return drawn.labels

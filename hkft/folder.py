@@ -1,0 +1,146 @@
+"""The run folder: where everything of a run lies, and how it is written, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hkft.errors import UsageError
+from hkft.events import Event, Stage, as_record
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`runs/<recipe>-<method>-s<seed>-<hash>/`, with the names the contract gives."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def resolved(self) -> Path:
+        return self.path / "resolved.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def splits(self) -> Path:
+        return self.path / "splits.json"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def card(self) -> Path:
+        return self.path / "README.md"
+
+    def predictions(self, split: str) -> Path:
+        return self.path / "predictions" / f"{split}.jsonl"
+
+    @property
+    def exists(self) -> bool:
+        return self.resolved.exists() or self.summary.exists()
+
+    @property
+    def status(self) -> str | None:
+        """`finished`, `running`, `interrupted`, `failed`, or None where there is no run."""
+        return read_json(self.summary)["status"] if self.summary.exists() else None
+
+    def append(self, event: Event) -> None:
+        """One line of metrics.jsonl. A stage's progress is for the eyes only, and is not kept."""
+        if not isinstance(event, Stage):
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(jsonable(as_record(event))) + "\n")
+
+    def records(self, *events: str) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, of the named events only if any are named."""
+        if not self.metrics.exists():
+            return []
+        records = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue  # the last line of a killed run may be torn
+        return [record for record in records if not events or record["event"] in events]
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end."""
+        found = [p for p in self.checkpoints.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
+        return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def open_run(path: str | Path) -> RunFolder:
+    """The run in a folder. Raises UsageError where there is none."""
+    folder = RunFolder(Path(path))
+    if not folder.exists:
+        raise UsageError(
+            "this is not a run folder",
+            where=str(path),
+            allowed="a folder that `hkft train` has written, with resolved.yaml and summary.json",
+        )
+    return folder
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: through a neighbour that is renamed, and gone if the writing fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(jsonable(content), indent=2) + "\n")
+
+
+def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(jsonable(record)) + "\n" for record in records))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def jsonable(value: Any) -> Any:
+    """The same content in JSON's own types; NaN and inf, which JSON has not, become null."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [jsonable(item) for item in value]
+    if hasattr(value, "item"):  # a numpy scalar
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,177 @@
+"""Recipe -> base model, tokenizer, LoRA. What goes wrong on the way is said in the user's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hkft.data.sources import package_path
+from hkft.errors import RecipeError, SetupError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from hkft.recipe import Recipe
+
+
+def device(name: str) -> torch.device:
+    """The device a recipe names; `auto` takes CUDA, then MPS, then the CPU. Raises SetupError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = name.partition(":")[0]
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(kind, False):
+        raise SetupError(
+            f"there is no {name} device here",
+            where="model.device",
+            allowed=", ".join(kind for kind, ok in there.items() if ok),
+            hint="--set model.device=auto",
+        )
+    return torch.device(name)
+
+
+def location(name: str) -> str:
+    """What transformers should load: a hub id or folder as it is, a `package:` reference as the folder it names."""
+    return str(package_path(name)) if name.startswith("package:") else name
+
+
+def tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises SetupError where the model is not to be had."""
+    try:
+        return AutoTokenizer.from_pretrained(location(recipe.model.name), revision=recipe.model.revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise _missing(recipe.model.name, error) from error
+
+
+def base(recipe: Recipe, labels: Sequence[str] | None, pad_token_id: int | None = None) -> PreTrainedModel:
+    """The base model with a fresh head for the task, on the recipe's device, its own dropout at `native_dropout`.
+
+    labels: class names, None for a regression. pad_token_id: the tokenizer's, for a model that names none. Raises SetupError: no such model, device or package.
+    """
+    place, source = device(recipe.model.device), location(recipe.model.name)
+    try:
+        config = AutoConfig.from_pretrained(source, revision=recipe.model.revision)
+        set_native_dropout(config, recipe.model.native_dropout)
+        head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
+        if labels is not None:
+            head = {
+                "num_labels": len(labels),
+                "problem_type": "single_label_classification",
+                "id2label": dict(enumerate(labels)),
+                "label2id": {name: index for index, name in enumerate(labels)},
+            }
+        if config.get_text_config().pad_token_id is None:
+            config.pad_token_id = pad_token_id
+        for key, value in head.items():
+            setattr(config, key, value)
+        quantised = _quantisation(recipe.model.quantization, place)
+        torch.manual_seed(recipe.seed)  # the head's initial weights
+        model = AutoModelForSequenceClassification.from_pretrained(
+            source, config=config, revision=recipe.model.revision, dtype="auto" if quantised else None, **quantised
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _missing(recipe.model.name, error) from error
+    return model if quantised else model.to(place)
+
+
+def set_native_dropout(config: PreTrainedConfig, rate: float | str) -> None:
+    """Set every dropout rate of a model's configuration (hidden_dropout_prob, attn_pdrop, ...); "keep" leaves them.
+
+    The paper's baseline runs without them, and BERT-like models have one right behind the hidden position.
+    """
+    if rate == "keep":
+        return
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+            setattr(config, name, rate)
+
+
+def with_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
+    """The model wrapped in PEFT's LoRA, built from the recipe's `lora` section. Raises RecipeError where PEFT refuses it."""
+    from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
+
+    if recipe.model.quantization != "none":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    try:
+        config = LoraConfig(task_type=TaskType.SEQ_CLS, **recipe.lora)
+        torch.manual_seed(recipe.seed)  # A's initial weights: the same for every method
+        return get_peft_model(model, config)  # type: ignore[return-value, arg-type]
+    except (ValueError, TypeError) as error:
+        wanted = recipe.lora.get("target_modules")
+        names = linear_names(model)
+        missing = [name for name in wanted if name not in names] if isinstance(wanted, list) else []
+        raise RecipeError(
+            f"PEFT refuses the lora section: {error}".split(". Please")[0],
+            where="lora.target_modules" if missing else "lora",
+            found=str(wanted) if missing else None,
+            allowed=", ".join(names) if missing else None,
+            hint=nearest(missing[0], names) if missing else None,
+        ) from error
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Last names of the model's linear layers, what `target_modules` may name."""
+    from hkft.dropout.families import linear_sizes
+
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if linear_sizes(module)}
+    return sorted(names - {""})
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The number of the padding token; None where there is none."""
+    number = tokenizer.pad_token_id
+    return number if isinstance(number, int) else None
+
+
+def parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; a 4-bit weight counts as the numbers it stands for."""
+    if hasattr(model, "get_nb_trainable_parameters"):
+        trainable, total = model.get_nb_trainable_parameters()  # type: ignore[operator]
+        return int(trainable), int(total)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+
+
+def _quantisation(kind: str, place: torch.device) -> dict[str, Any]:
+    """Arguments of from_pretrained for a quantised base; bitsandbytes is imported here and nowhere else."""
+    if kind == "none":
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    compute = torch.bfloat16 if place.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    settings = {
+        "8bit": {"load_in_8bit": True},
+        "4bit": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": compute,
+        },
+    }
+    try:
+        return {"quantization_config": BitsAndBytesConfig(**settings[kind]), "device_map": {"": place}}
+    except ImportError as error:
+        raise SetupError(
+            f"{kind} needs bitsandbytes", where="model.quantization", hint="pip install bitsandbytes"
+        ) from error
+
+
+def _missing(name: str, error: Exception) -> SetupError | UsageError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return SetupError(
+        f"the model {name!r} could not be loaded",
+        where="model.name",
+        found=first,
+        allowed="a hub id, a local folder, or package:<python package>/<path inside it>",
+        hint="offline, only models in the local hub cache or in a folder can be used",
+    )

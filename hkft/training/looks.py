@@ -1,0 +1,158 @@
+"""Looks: at fixed steps the same two sets, a probe of the training rows and the validation rows, in eval mode.
+
+Trainer's own evaluation knows one set, no losses of single examples, and five coupled flags; this callback is all there is
+here instead. It tells the events, keeps the best adapter, and stops on a signal.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hkft.diagnostics.gap import LOWER_IS_BETTER, gap
+from hkft.errors import DivergedError
+from hkft.evaluation.predict import Predictions
+from hkft.events import Evaluated, Listener, TrainStep
+
+SPLITS = ("train_probe", "validation")
+
+
+def steps(total: int, per_epoch: float, evals_per_epoch: int) -> list[int]:
+    """The optimizer steps to look after: `evals_per_epoch` evenly in every epoch, and the last one."""
+    count = max(1, round(total / per_epoch * evals_per_epoch))
+    spread = {max(1, math.ceil(n * per_epoch / evals_per_epoch)) for n in range(1, count + 1)}
+    return sorted({step for step in spread if step <= total} | {total})
+
+
+@dataclass
+class Clock:
+    """Seconds spent on training itself: looks and saving apart."""
+
+    started: float = 0.0
+    outside: float = 0.0
+    before: float = 0.0  # of an earlier part of the run, where it was resumed
+
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.started - self.outside
+
+
+@dataclass
+class Looks(TrainerCallback):
+    """look(split) -> Predictions, in eval mode; keep(predictions) saves the adapter as the best so far."""
+
+    look: Callable[[str], Predictions]
+    keep: Callable[[dict[str, Predictions]], None]
+    tell: Listener
+    at: list[int]
+    criterion: str  # "loss" or a metric of the validation set
+    patience: int | None
+    counters: Callable[[], tuple[int, int]]  # samples and tokens trained on so far
+    curve: list[Evaluated] = field(default_factory=list)
+    clock: Clock = field(default_factory=Clock)
+    interrupted: int | None = None  # the signal
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.clock.started = time.perf_counter()
+        if not self.curve:
+            self._look(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step in self.at:
+            self._look(state)
+            control.should_save = True
+            if self._out_of_patience():
+                control.should_training_stop = True
+        if self.interrupted is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if not logs or "task_loss" not in logs:
+            return
+        samples, tokens = self.counters()
+        seconds = max(self.clock.seconds(), 1e-9)
+        self.tell(
+            TrainStep(
+                step=state.global_step,
+                total_steps=state.max_steps,
+                epoch=float(state.epoch or 0.0),
+                objective=logs["loss"],
+                task_loss=logs["task_loss"],
+                consistency=logs.get("consistency"),
+                learning_rate=logs.get("learning_rate", float("nan")),
+                samples_per_s=samples / seconds,
+                tokens_per_s=tokens / seconds,
+            )
+        )
+
+    @property
+    def best(self) -> Evaluated | None:
+        """The best look so far, by the criterion; the first of equals."""
+        return next((seen for seen in reversed(self.curve) if seen.best), None)
+
+    def _look(self, state: TrainerState) -> None:
+        began = time.perf_counter()
+        seen = {split: self.look(split) for split in SPLITS}
+        metrics = {split: predictions.metrics() for split, predictions in seen.items()}
+        step = state.global_step
+        for split in SPLITS:
+            if not math.isfinite(metrics[split]["loss"]):
+                raise DivergedError(
+                    f"the {split.replace('_', ' ')} loss is {metrics[split]['loss']} at step {step}",
+                    hint="lower train.learning_rate",
+                )
+        best = step > 0 and self._improves(metrics["validation"])
+        if best:
+            self.keep(seen)
+        evaluated = Evaluated(
+            step=step,
+            epoch=float(state.epoch or 0.0),
+            **metrics,
+            gap=gap(**metrics),
+            best=best,
+            seconds=time.perf_counter() - began,
+        )
+        self.curve.append(evaluated)
+        self.clock.outside += time.perf_counter() - began
+        self.tell(evaluated)
+
+    def _improves(self, validation: dict[str, float]) -> bool:
+        now = validation[self.criterion]
+        if self.best is None:
+            return True
+        then = self.best.validation[self.criterion]
+        return now < then if self.criterion in LOWER_IS_BETTER else now > then
+
+    def _out_of_patience(self) -> bool:
+        if self.patience is None or self.best is None:
+            return False
+        return sum(seen.step > self.best.step for seen in self.curve) >= self.patience
+
+
+class stop_on_signal:  # noqa: N801: a context manager that reads as a phrase
+    """While inside, the first Ctrl-C or SIGTERM asks `looks` to stop after the step; a second one stops at once."""
+
+    def __init__(self, looks: Looks) -> None:
+        self.looks = looks
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: Any) -> None:
+        if self.looks.interrupted is not None:
+            raise KeyboardInterrupt
+        self.looks.interrupted = number

@@ -1,0 +1,72 @@
+"""What a run would be, before it is one: rows, steps, tokens, parameters, memory. No weights are loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from hkft.dropout.attach import attach
+from hkft.events import Listener, Stage
+from hkft.folder import RunFolder
+from hkft.model import build
+from hkft.recipe import Recipe
+from hkft.training import looks
+from hkft.training.run import arguments, check_criterion, default_folder, prepare, step_counts
+
+BYTES = {"none": 4.0, "8bit": 1.0, "4bit": 0.55}  # a base weight; 4-bit with its block scales
+ADAM = 16  # bytes of a trained parameter: itself, its gradient, two moments, in float32
+ACTIVATIONS = (
+    34  # numbers of the hidden size that a transformer layer keeps for backward, for each token: a rule of thumb
+)
+
+
+def plan(recipe: Recipe, tell: Listener) -> dict[str, Any]:
+    """A record of what `hkft train` would do. Raises whatever it would raise before its first step."""
+    material = prepare(recipe, tell)
+    check_criterion(recipe, material)
+    tell(Stage("sizing the model"))
+    build.device(recipe.model.device)
+    model = sized(recipe, material.labels)
+    attach(model, recipe.method).detach()
+    settings = arguments(recipe, RunFolder(default_folder(recipe)))
+    train = material.examples["train"]
+    total, per_epoch = step_counts(len(train), settings)
+    trainable, parameters = build.parameters(model)
+    passes = recipe.method.passes
+    lengths = train["length"]
+    hidden, layers = model.config.hidden_size, model.config.num_hidden_layers
+    longest = settings.per_device_train_batch_size * max(lengths)
+    return {
+        "recipe": recipe.name,
+        "method": recipe.method.name,
+        "output": str(default_folder(recipe)),
+        "rows": {name: len(examples) for name, examples in material.examples.items()},
+        "labels": list(material.labels) if material.labels else None,
+        "duplicates": material.duplicates,
+        "steps": total,
+        "steps_per_epoch": per_epoch,
+        "evaluations": len(looks.steps(total, per_epoch, recipe.diagnostics.evals_per_epoch)) + 1,
+        "passes_per_step": passes,
+        "tokens": {
+            "longest": max(lengths),
+            "mean": sum(lengths) / len(lengths),
+            "trained": round(sum(lengths) * total / per_epoch),
+        },
+        "parameters": {"trainable": trainable, "total": parameters, "share": trainable / parameters},
+        "memory_bytes_estimate": {
+            "weights": round((parameters - trainable) * BYTES[recipe.model.quantization]),
+            "adapter_and_optimizer": trainable * ADAM,
+            "activations_of_the_longest_batch": longest * hidden * layers * ACTIVATIONS * 4,
+        },
+    }
+
+
+def sized(recipe: Recipe, labels: tuple[str, ...] | None) -> Any:
+    """The LoRA model of a recipe on torch's meta device: its shape, without its numbers."""
+    config = AutoConfig.from_pretrained(build.location(recipe.model.name), revision=recipe.model.revision)
+    config.num_labels = len(labels) if labels else 1
+    with torch.device("meta"):
+        base = AutoModelForSequenceClassification.from_config(config)
+    return build.with_lora(base, recipe.replace("model.quantization=none"))

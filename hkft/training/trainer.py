@@ -1,0 +1,101 @@
+"""transformers.Trainer with the two-pass objective, and nothing else: accumulation, precision, DDP, resume are Trainer's."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer as TransformersTrainer
+
+from hkft.dropout.attach import attach
+from hkft.dropout.method import Method
+from hkft.errors import DivergedError
+from hkft.training.objective import IGNORED, objective
+
+
+class Trainer(TransformersTrainer):
+    """Train with a dropout method. Takes what transformers.Trainer takes, and two more:
+
+    dropout: a method's name or a `Method`, attached to `model` before training (wrap it in PEFT first).
+    dropout_rate: for every site that names none.
+
+    Logs beside Trainer's `loss` (which is the objective) `task_loss` and, with a consistency loss, `consistency`: means
+    over the micro-batches since the last log, in train mode. A loss that is not finite ends training with DivergedError.
+    """
+
+    def __init__(self, *args: Any, dropout: str | Method = "none", dropout_rate: float | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        assert self.model is not None
+        self.attachment = attach(self.model, dropout, dropout_rate)
+        method = self.attachment.method
+        self.consistency = method.consistency if method.passes == 2 else None
+        if method.consistency and method.consistency.weight and not method.active:
+            warnings.warn(
+                "every dropout rate is 0: two passes would be equal, so the consistency loss is left out", stacklevel=2
+            )
+        self.tokens_seen: Tensor | int = 0
+        self.samples_seen = 0
+        self._parts: list[tuple[Tensor, Tensor | None]] = []
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Task loss, plus the weighted consistency in train mode; both scaled alike under gradient accumulation.
+
+        The models' own scaling by `num_items_in_batch` is not used: BERT-like classifiers take the argument and ignore
+        it, so that eight batches of one would weigh eight times one batch of eight. A mean times the batch's share of
+        the items is right for every model.
+        """
+        labels = inputs.get("labels")
+        scaled = model.training and labels is not None and num_items_in_batch is not None
+        self.loss_is_scaled_for_ga = scaled
+        share = self._share(labels, num_items_in_batch) if scaled else 1.0
+
+        def forward() -> tuple[Tensor, Any]:
+            found = super(Trainer, self).compute_loss(model, dict(inputs), True)
+            assert isinstance(found, tuple)
+            return found
+
+        result = objective(model, forward, self.consistency if model.training else None, labels)
+        if model.training:
+            self._count(inputs, result.task, result.consistency)
+        loss = result.loss * share
+        return (loss, result.outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's step; a loss that is NaN or inf stops here, before the optimizer has moved anything."""
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss).all():
+            raise DivergedError(
+                f"the training loss is {loss.item()} at step {self.state.global_step + 1}",
+                hint="lower train.learning_rate, or set train.warmup_steps or train.max_grad_norm",
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._parts:
+            logs["task_loss"] = float(torch.stack([task for task, _ in self._parts]).mean())
+            terms = [term for _, term in self._parts if term is not None]
+            if terms:
+                logs["consistency"] = float(torch.stack(terms).mean())
+            self._parts.clear()
+        super().log(logs, start_time)
+
+    def _share(self, labels: Tensor | None, num_items: Tensor | int | None) -> Tensor:
+        """The part of the accumulated batch's items that this micro-batch holds."""
+        assert labels is not None and num_items is not None
+        mine = labels[..., 1:] if self._loss_shifts_labels else labels
+        share = (mine != IGNORED).sum() / num_items
+        return share * self.args.world_size if self.args.average_tokens_across_devices else share
+
+    def _count(self, inputs: dict[str, Any], task: Tensor, consistency: Tensor | None) -> None:
+        mask = inputs.get("attention_mask")
+        self.tokens_seen = self.tokens_seen + (inputs["input_ids"].numel() if mask is None else mask.sum())
+        self.samples_seen += len(inputs["input_ids"])
+        self._parts.append((task.detach().float(), None if consistency is None else consistency.detach().float()))

@@ -1,0 +1,31 @@
+"""Where text goes, and whether that place can show more than plain lines."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Mapping
+
+from rich.console import Console
+
+OFF = ("", "0", "false")
+
+
+def output(*, stderr: bool = False) -> Console:
+    """The console of stdout or stderr. What its encoding cannot say is printed as `?`, never an error."""
+    stream = sys.stderr if stderr else sys.stdout
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        stream.reconfigure(errors="replace")
+    return Console(stderr=stderr, highlight=False)
+
+
+def is_plain(console: Console, environ: Mapping[str, str] = os.environ) -> bool:
+    """No terminal, a dumb one, or the user's NO_COLOR or CI: no control codes, no bars, one line after the other."""
+    asked = any(environ.get(name, "").lower() not in OFF for name in ("NO_COLOR", "CI"))
+    return asked or not console.is_terminal or console.is_dumb_terminal
+
+
+def say(console: Console, text: str) -> None:
+    """Print `text` as it is: nothing wrapped, coloured or read as markup."""
+    console.out(text, highlight=False)

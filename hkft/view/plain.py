@@ -1,0 +1,60 @@
+"""A run as plain lines, for a log file, a pipe, CI: one per stage, evaluation and finish. No control codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+
+from hkft.events import Evaluated, Event, Finished, Notice, Stage, Started
+from hkft.view import words
+from hkft.view.console import say
+
+
+class Plain:
+    """A listener. Remembers only what the next line needs: the run that started, and the stage last named."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.started: Started | None = None
+        self.training = False
+        self.stage: str | None = None
+
+    def __call__(self, event: Event) -> None:
+        for line in self.lines(event):
+            say(self.console, line)
+
+    def lines(self, event: Event) -> Iterator[str]:
+        """The lines that this event is worth: none for a step, nor for a stage within training."""
+        match event:
+            case Stage(text=text) if not self.training and text != self.stage:
+                self.stage = text
+                yield text
+            case Notice():
+                yield f"{'warning' if event.level == 'warning' else 'note'}: {event.text}"
+            case Started():
+                self.started, self.training = event, True
+                yield from words.setting(event)
+                yield f"run folder: {event.run}"
+            case Evaluated():
+                total, metric = (self.started.total_steps, self.started.metric) if self.started else (None, None)
+                self.training = total is not None and event.step < total
+                yield words.evaluation(event, total, metric)
+            case Finished():
+                self.training = False
+                yield from finish(event)
+
+
+def finish(event: Finished) -> Iterator[str]:
+    """The verdict, the figures, what fired, where it all is, and what to type next."""
+    verdict = event.summary.get("verdict")
+    if verdict:
+        yield f"verdict: {verdict['name']} ({verdict['confidence']} confidence)"
+        yield verdict["text"]
+    for label, value in words.figures(event.summary):
+        yield f"{label}: {value}"
+    for position, pattern, layers, calls, expected, measured in words.site_rows(event.sites):
+        yield f"dropout {position}/{pattern}, layers {layers}: calls {calls}, rate {expected}, measured {measured}"
+    yield f"run folder: {event.run}"
+    for command in words.next_commands(event.run):
+        yield f"next: {command}"

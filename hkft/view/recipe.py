@@ -1,0 +1,80 @@
+"""A recipe on the terminal: where every value came from, what the run would be, a method's section."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from hkft.dropout.method import SUMMARIES, Method
+from hkft.view.console import output, say
+from hkft.view.tables import table
+
+if TYPE_CHECKING:
+    from hkft.recipe import Recipe
+
+
+def show_provenance(recipe: Recipe) -> None:
+    """Every value of the recipe, and where it came from."""
+    values = _flat(recipe.model_dump())
+    rows = [[key, _short(values.get(key)), origin] for key, origin in recipe.provenance.items()]
+    table(["key", "value", "from"], rows, recipe.name)
+
+
+def show_plan(plan: Mapping[str, Any]) -> None:
+    """What `hkft check` found out."""
+    rows, tokens, parameters = plan["rows"], plan["tokens"], plan["parameters"]
+    memory = plan["memory_bytes_estimate"]
+    table(
+        ["plan", ""],
+        [
+            ["method", f"{plan['method']}, {plan['passes_per_step']} forward pass(es) a step"],
+            [
+                "rows",
+                f"{rows['train']:,} to train on, {rows['validation']:,} to validate, {rows['train_probe']:,} probed",
+            ],
+            ["labels", ", ".join(plan["labels"]) if plan["labels"] else "a number"],
+            ["in both sets", f"{plan['duplicates']:,} validation rows"],
+            ["steps", f"{plan['steps']:,} ({plan['steps_per_epoch']:,} an epoch), {plan['evaluations']} evaluations"],
+            ["tokens", f"{tokens['mean']:.1f} a row, {tokens['longest']} at most, {tokens['trained']:,} trained on"],
+            [
+                "parameters",
+                f"{parameters['trainable']:,} of {parameters['total']:,} trained ({parameters['share']:.2%})",
+            ],
+            ["memory, roughly", ", ".join(f"{name.replace('_', ' ')} {_bytes(n)}" for name, n in memory.items())],
+            ["run folder", plan["output"]],
+        ],
+        plan["recipe"],
+    )
+
+
+def show_method(method: Method) -> None:
+    """One method: in words, and as the `dropout` section of a recipe that says it in full."""
+    record = {key: value for key, value in method.as_dict().items() if key != "name"}
+    section = {"dropout": {"rate": 0.1, **{key: value for key, value in record.items() if value is not None}}}
+    for site in section["dropout"]["sites"]:
+        site.pop("rate")
+    text = yaml.safe_dump(section, sort_keys=False)
+    console = output()
+    say(console, f"{method.name}: {SUMMARIES.get(method.name, '')}\n")
+    say(console, f"dropout: {{method: {method.name}, rate: 0.1}}\n\nor, in full:\n\n{text}")
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {above + key: value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

@@ -1,0 +1,61 @@
+"""What a run looks like while it works: a live screen on a terminal, plain lines anywhere else. On stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.live import Live
+
+from hkft.events import Event, Finished, Listener, Notice, Stage
+from hkft.view.console import is_plain, output
+from hkft.view.plain import Plain
+from hkft.view.screen import Screen, done, notice, report
+
+PER_SECOND = 4
+
+
+@contextmanager
+def view(
+    json: bool = False, *, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Listener]:
+    """A listener that shows what it is told, for as long as the context lasts.
+
+    json: a program reads stdout and most likely keeps stderr too, so plain lines. The terminal is restored on every
+    way out; if training was cut short, its last screen stays.
+    """
+    console = console or output(stderr=True)
+    if json or is_plain(console):
+        yield Plain(console)
+        return
+    screen = Screen(clock)
+    with Live(screen, console=console, refresh_per_second=PER_SECOND, transient=True) as live:
+        try:
+            yield Drawing(screen, live)
+        finally:
+            if screen.started and not screen.finished:
+                console.print(screen)
+                screen.started = None
+
+
+class Drawing:
+    """The listener of the live screen: keeps its state current, and prints above it what is to stay."""
+
+    def __init__(self, screen: Screen, live: Live) -> None:
+        self.screen = screen
+        self.live = live
+
+    def __call__(self, event: Event) -> None:
+        console, screen = self.live.console, self.screen
+        ascii_only = console.options.ascii_only
+        before, training = screen.stage, screen.started is not None and screen.finished is None
+        screen(event)
+        over = before is not None and (not isinstance(event, Stage) or event.text != before.text)
+        if before and over and not training and not isinstance(event, Notice):
+            console.print(done(before, ascii_only))
+        if isinstance(event, Notice):
+            console.print(notice(event, ascii_only))
+        elif isinstance(event, Finished):
+            console.print(report(screen, event, console.width, ascii_only))

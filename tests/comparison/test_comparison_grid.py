@@ -1,0 +1,188 @@
+"""The grid: which cells, in which order, and what it does with what is there already; training is a stub."""
+
+from pathlib import Path
+
+import pytest
+
+from hkft.comparison import command, grid
+from hkft.errors import DataError, DivergedError, HkftError, MethodError, UsageError
+from hkft.events import Notice, Stage
+from hkft.folder import RunFolder, read_json, write_json, write_text
+
+
+def names(cells):
+    return [cell.name.rpartition("-")[0] for cell in cells]
+
+
+def test_cells_are_in_order_of_the_seeds_and_named_by_their_content(recipe):
+    cells = grid.cells(recipe.replace("seed=3"), ["none", "hiddenkey-"], 2)
+    assert names(cells) == ["none-s3", "hiddenkey--s3", "none-s4", "hiddenkey--s4"]
+    assert [cell.title for cell in cells] == [
+        "none, seed 3",
+        "hiddenkey-, seed 3",
+        "none, seed 4",
+        "hiddenkey-, seed 4",
+    ]
+    for cell in cells:
+        assert (cell.recipe.method.name, cell.recipe.seed) == (cell.method, cell.seed)
+        assert cell.name.endswith("-" + cell.recipe.fingerprint()[:6])
+        assert cell.recipe.train == recipe.train
+    assert len({cell.recipe.fingerprint() for cell in cells}) == 4
+
+
+def test_rates_are_an_axis_of_methods_that_have_one(recipe):
+    cells = grid.cells(recipe, ["none", "dropkey"], [7], [0.1, 0.2, 0.1])
+    assert names(cells) == ["none-s7", "dropkey-p0.1-s7", "dropkey-p0.2-s7"]
+    assert [cell.rate for cell in cells] == [None, 0.1, 0.2]
+    assert cells[2].recipe.method.sites[0].rate == 0.2
+    assert cells[2].title == "dropkey p=0.2, seed 7"
+
+
+def test_the_recipes_own_sites_are_a_method_too(recipe):
+    own = recipe.replace("dropout.sites=[{position: hidden, rate: 0.3}]")
+    cells = grid.cells(own, ["none", "custom"], 1, [0.1, 0.2])
+    assert names(cells) == ["none-s1", "custom-s1"]  # every site names its rate: no axis
+    assert cells[1].recipe.method == own.method
+    assert cells[0].recipe.method.sites == ()
+
+
+def test_every_unknown_method_and_rate_is_told_at_once(recipe):
+    with pytest.raises(MethodError) as error:
+        grid.cells(recipe, ["none", "dropkee", "hidenkey"], 1, [0.1, 1.5])
+    known = "none, lora-dropout, dropkey, dropattention, hiddencut, hiddenkey-, hiddenkey"
+    assert str(error.value) == (
+        f"method: there is no method 'dropkee'\n  allowed: {known}\n  hint: did you mean 'dropkey'?\n"
+        f"method: there is no method 'hidenkey'\n  allowed: {known}\n  hint: did you mean 'hiddenkey'?\n"
+        "--rates: a dropout rate is a probability\n  found: 1.5\n  allowed: 0 <= rate < 1"
+    )
+
+
+@pytest.mark.parametrize(("methods", "seeds", "rates", "flag"), [
+    ([], 1, None, "--methods"), (["none"], 0, None, "--seeds"), (["none"], 1, [], "--rates"),
+])  # fmt: skip
+def test_an_empty_grid_is_refused(recipe, methods, seeds, rates, flag):
+    with pytest.raises(UsageError) as error:
+        grid.cells(recipe, methods, seeds, rates)
+    assert str(error.value) == f"{flag}: the grid is empty\n  allowed: at least one"
+
+
+def test_a_grid_runs_every_cell_once_and_says_where_it_is(stub, recipe, tmp_path):
+    cells, train, told = grid.cells(recipe, ["none", "dropkey"], 2), stub(), []
+    outcomes = grid.run(cells, tmp_path / "g", told.append, train)
+    assert train.calls == [(cell.name, False) for cell in cells]
+    assert [outcome.status for outcome in outcomes] == ["finished"] * 4
+    assert [outcome.folder for outcome in outcomes] == [tmp_path / "g" / cell.name for cell in cells]
+    assert told[2] == Stage("cell 3 of 4: none, seed 2", 2, 4)
+
+    again, told = stub(), []
+    more = grid.cells(recipe, ["none", "dropkey"], 3)
+    outcomes = grid.run(more, tmp_path / "g", told.append, again)
+    assert again.calls == [(cell.name, False) for cell in more[4:]]
+    assert [outcome.status for outcome in outcomes] == ["skipped"] * 4 + ["finished"] * 2
+    assert told[0] == Notice("4 of 6 cells are done already")
+
+
+def test_a_run_of_another_recipe_is_not_taken_for_done(stub, recipe, tmp_path):
+    cells, train = grid.cells(recipe, ["none"], 1), stub()
+    grid.run(cells, tmp_path, train=train)
+    grid.run(grid.cells(recipe.replace("lora.r=8"), ["none"], 1), tmp_path, train=train)
+    assert len(train.calls) == 2
+    assert len(list(tmp_path.glob("none-s1-*"))) == 2
+
+
+def test_a_run_with_the_rate_of_the_recipe_serves_a_grid_of_rates(stub, recipe, tmp_path):
+    grid.run(grid.cells(recipe, ["dropkey"], 1), tmp_path, train=stub())
+    train = stub()
+    outcomes = grid.run(grid.cells(recipe, ["dropkey"], 1, [0.1, 0.2]), tmp_path, train=train)
+    assert [name.rpartition("-")[0] for name, _ in train.calls] == ["dropkey-p0.2-s1"]
+    assert outcomes[0].folder.name.startswith("dropkey-s1-")
+
+
+def unfinished(folder: Path, cell: grid.Cell, checkpoint: bool) -> RunFolder:
+    run = RunFolder(folder / cell.name)
+    write_text(run.recipe, cell.recipe.source)
+    write_text(run.resolved, cell.recipe.resolved())
+    write_json(run.summary, {"status": "interrupted"})
+    write_text(run.metrics, "old\n")
+    if checkpoint:
+        write_json(run.checkpoints / "checkpoint-5" / "trainer_state.json", {})
+    return run
+
+
+def test_an_unfinished_cell_is_resumed_where_it_has_a_checkpoint(stub, recipe, tmp_path):
+    (cell,), train = grid.cells(recipe, ["none"], 1), stub()
+    run = unfinished(tmp_path, cell, checkpoint=True)
+    grid.run([cell], tmp_path, train=train)
+    assert train.calls == [(cell.name, True)]
+    assert run.checkpoints.exists()
+
+
+def test_an_unfinished_cell_without_one_begins_anew(recipe, tmp_path):
+    (cell,) = grid.cells(recipe, ["none"], 1)
+    run = unfinished(tmp_path, cell, checkpoint=False)
+    seen = []
+    grid.run([cell], tmp_path, train=lambda recipe, output, **how: seen.append((output.exists(), how["resume"])))
+    assert seen == [(False, False)]
+    assert not run.exists
+
+
+def test_a_folder_that_is_no_run_is_left_for_training_to_refuse(stub, recipe, tmp_path):
+    (cell,), train = grid.cells(recipe, ["none"], 1), stub()
+    write_text(tmp_path / cell.name / "diary.txt", "mine")
+    grid.run([cell], tmp_path, train=train)
+    assert (tmp_path / cell.name / "diary.txt").read_text() == "mine"
+
+
+def test_a_failed_cell_is_recorded_and_the_rest_goes_on(stub, recipe, tmp_path):
+    train = stub(dropkey1=DivergedError("the loss is nan at step 3", hint="lower train.learning_rate"))
+    told = []
+    outcomes = grid.run(grid.cells(recipe, ["none", "dropkey"], 2), tmp_path, told.append, train)
+    assert [outcome.status for outcome in outcomes] == ["finished", "failed", "finished", "finished"]
+    message = "the loss is nan at step 3\n  hint: lower train.learning_rate"
+    assert outcomes[1].error == message
+    assert isinstance(outcomes[1].cause, DivergedError)
+    assert outcomes[1].cause.__traceback__ is None
+    assert Notice(f"dropkey, seed 1 failed: {message}", "warning") in told
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), ValueError("a fault of ours")])
+def test_an_interrupt_and_a_fault_of_ours_end_the_grid(stub, recipe, tmp_path, stop):
+    train = stub(none2=stop)
+    with pytest.raises(type(stop)):
+        grid.run(grid.cells(recipe, ["none", "dropkey"], 2), tmp_path, train=train)
+    assert len(train.calls) == 3
+
+
+def test_the_command_runs_compares_and_writes(stub, recipe, tmp_path):
+    train = stub(dropkey2=DivergedError("nan"))
+    found = command.run_grid(
+        recipe.path, ["lora.r=2"], ["none", " dropkey"], 2, None, tmp_path / "g", train=train
+    )  # fmt: skip
+    assert [row.label for row in found.rows] == ["none", "dropkey"]
+    assert [row.seeds for row in found.rows] == [(1, 2), (1,)]
+    assert found.failed == {"dropkey, seed 2": "nan"}
+    assert found.warnings == ("dropkey and none are paired over 1 seed: only none has seed 2",)
+    written = sorted(path.name for path in (tmp_path / "g").glob("comparison.*"))
+    assert written == ["comparison.csv", "comparison.json", "comparison.md", "comparison.tex"]
+    assert read_json(tmp_path / "g" / "comparison.json") == found.as_dict()
+    assert "- dropkey, seed 2 failed: nan\n" in (tmp_path / "g" / "comparison.md").read_text()
+
+
+def test_a_grid_of_which_nothing_is_left_raises_what_its_cells_raised(stub, recipe, tmp_path):
+    error = DataError("the file is empty", where="rows.csv")
+    with pytest.raises(HkftError) as raised:
+        command.run_grid(recipe.path, [], ["none"], 2, None, tmp_path / "g", train=stub(none1=error, none2=error))
+    assert type(raised.value) is DataError
+    assert str(raised.value) == "rows.csv: the file is empty"
+    assert not (tmp_path / "g" / "comparison.json").exists()
+
+
+@pytest.mark.parametrize("text", ["0.1,x", "", "nan", "0.1,,0.2"])
+def test_rates_that_are_no_numbers(recipe, tmp_path, text):
+    with pytest.raises(UsageError) as error:
+        command.run_grid(recipe.path, [], ["none"], 1, text, tmp_path)
+    assert str(error.value) == f"--rates: not a list of rates\n  found: {text!r}\n  allowed: 0.1,0.2"
+
+
+def test_the_default_folder(recipe):
+    assert grid.default_output(recipe) == Path("runs/compare-small")

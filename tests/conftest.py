@@ -1,0 +1,111 @@
+"""For every room: no network, few threads, one seed a test, and the shapes in the dropout maths' signatures checked."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+import sys
+
+import pytest
+from jaxtyping import install_import_hook
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# Before anything imports hkft: the hook rewrites modules as they are loaded.
+install_import_hook(
+    ["hkft.dropout.masks", "hkft.dropout.attention", "hkft.dropout.hidden", "hkft.dropout.consistency"],
+    "beartype.beartype",
+)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Python's, NumPy's and torch's default generators start every test from the same place. Loads neither."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+    return 0
+
+
+# --- a model and data small enough to train in a test -----------------------------------------------------------------
+
+WORDS = {
+    "positive": ["good", "great", "warm", "funny", "lovely", "bright"],
+    "negative": ["bad", "dull", "cold", "sad", "awful", "grey"],
+}
+FILLER = "the a film this is was and with of its story very quite plot actor scene".split()
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer BERT and a word-level tokenizer for `reviews`, as `model.name` takes it."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words = [*special, *FILLER, *WORDS["positive"], *WORDS["negative"]]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    BertModel(
+        BertConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=64,
+            initializer_range=0.3,  # wide enough for LoRA to have something to work with
+        )
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CSV of 160 made sentences with text, other (a second sentence), label (words) and stars (a number)."""
+    draw = random.Random(7)
+    lines = ["text,other,label,stars"]
+    for row in range(160):
+        label = ("positive", "negative")[row % 2]
+        words = draw.sample(FILLER, draw.randint(3, 9))
+        words.insert(draw.randrange(len(words)), draw.choice(WORDS[label]))
+        stars = (4 if label == "positive" else 1) + draw.random()
+        lines.append(f"{' '.join(words)} {row},{' '.join(draw.sample(FILLER, 4))},{label},{stars:.2f}")
+    path = tmp_path_factory.mktemp("data") / "reviews.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, tiny_bert: Path, reviews: Path) -> Path:
+    """A recipe that trains `tiny_bert` on `reviews` in a second or two."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        f"""\
+# tiny: a test
+model: {{name: {tiny_bert}, device: cpu}}
+data: {{train: {reviews}, validation: 0.25, text: text, label: label, max_length: 32}}
+lora: {{r: 4, lora_alpha: 8, target_modules: [query, value]}}
+dropout: {{method: hiddenkey, rate: 0.1, weight: 0.5}}
+train: {{learning_rate: 1.0e-2, num_train_epochs: 2, per_device_train_batch_size: 16, logging_steps: 1}}
+diagnostics: {{evals_per_epoch: 2}}
+""",
+        encoding="utf-8",
+    )
+    return path

@@ -1,0 +1,309 @@
+"""Sites, methods and consistency as data: what is legal, what is said about the rest, and what each name stands for."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+
+from hkft.dropout.method import METHODS, RESCALES, SUMMARIES, Consistency, Method, Site, find
+from hkft.errors import MethodError
+
+POSITIONS = "attention_logits, attention_weights, hidden, input, output, lora_input"
+
+ILLEGAL: dict[str, tuple[Callable[[], Any], str]] = {
+    "position": (
+        lambda: Site("attention_logit"),  # type: ignore[arg-type]
+        f"position: there is no position 'attention_logit'\n  allowed: {POSITIONS}\n"
+        "  hint: did you mean 'attention_logits'?",
+    ),
+    "position far off": (
+        lambda: Site("zzz"),  # type: ignore[arg-type]
+        f"position: there is no position 'zzz'\n  allowed: {POSITIONS}",
+    ),
+    "pattern": (
+        lambda: Site("hidden", "colum"),  # type: ignore[arg-type]
+        "pattern: there is no pattern 'colum'\n  allowed: element, column, span\n  hint: did you mean 'column'?",
+    ),
+    "schedule": (
+        lambda: Site("hidden", schedule="linear"),  # type: ignore[arg-type]
+        "schedule: there is no schedule 'linear'\n  allowed: constant, linear_up, linear_down\n"
+        "  hint: did you mean 'linear_up'?",
+    ),
+    "rate of 1": (
+        lambda: Site("hidden", rate=1),
+        "rate: a dropout rate is a probability\n  found: 1\n  allowed: 0 <= rate < 1",
+    ),
+    "negative rate": (
+        lambda: Site("hidden", rate=-0.1),
+        "rate: a dropout rate is a probability\n  found: -0.1\n  allowed: 0 <= rate < 1",
+    ),
+    "rate not a number": (
+        lambda: Site("hidden", rate=float("nan")),
+        "rate: a dropout rate is a probability\n  found: nan\n  allowed: 0 <= rate < 1",
+    ),
+    "rate in words": (
+        lambda: Site("hidden", rate="0.1"),  # type: ignore[arg-type]
+        "rate: a dropout rate is a probability\n  found: '0.1'\n  allowed: 0 <= rate < 1",
+    ),
+    "rate true": (
+        lambda: Site("hidden", rate=False),
+        "rate: a dropout rate is a probability\n  found: False\n  allowed: 0 <= rate < 1",
+    ),
+    "rate of a method": (
+        lambda: METHODS["dropkey"].with_rate(1.5),
+        "rate: a dropout rate is a probability\n  found: 1.5\n  allowed: 0 <= rate < 1",
+    ),
+    "lora_input in columns": (
+        lambda: Site("lora_input", "column"),
+        "pattern: lora_input drops elements only: it is PEFT's own lora_dropout\n  found: column\n  allowed: element",
+    ),
+    "logits rescaled": (
+        lambda: Site("attention_logits", rescale="inverse_keep"),
+        "rescale: attention_logits cannot be rescaled this way\n  found: inverse_keep\n  allowed: none",
+    ),
+    "hidden normalised": (
+        lambda: Site("hidden", rescale="normalised"),
+        "rescale: hidden cannot be rescaled this way\n  found: normalised\n  allowed: none, inverse_keep",
+    ),
+    "lora_input not rescaled": (
+        lambda: Site("lora_input", rescale="none"),
+        "rescale: lora_input cannot be rescaled this way\n  found: none\n  allowed: inverse_keep",
+    ),
+    "unknown rescale": (
+        lambda: Site("attention_weights", rescale="softmax"),  # type: ignore[arg-type]
+        "rescale: attention_weights cannot be rescaled this way\n  found: softmax\n"
+        "  allowed: normalised, normalised_with_gradient, inverse_keep, none",
+    ),
+    "layers in words": (
+        lambda: Site("hidden", layers="later-half"),
+        "layers: there is no layers 'later-half'\n  allowed: auto, all, latter-half\n"
+        "  hint: did you mean 'latter-half'?",
+    ),
+    "negative layer": (
+        lambda: Site("hidden", layers=[0, -1]),
+        "layers: layers are whole numbers from 0\n  found: [0, -1]",
+    ),
+    "half a layer": (
+        lambda: Site("hidden", layers=[1.5]),  # type: ignore[list-item]
+        "layers: layers are whole numbers from 0\n  found: [1.5]",
+    ),
+    "layer true": (
+        lambda: Site("hidden", layers=[True]),
+        "layers: layers are whole numbers from 0\n  found: [True]",
+    ),
+    "kind": (
+        lambda: Consistency("KL"),  # type: ignore[arg-type]
+        "kind: there is no kind 'KL'\n  allowed: kl, js, js_symmetric",
+    ),
+    "gradient": (
+        lambda: Consistency(gradient="two"),  # type: ignore[arg-type]
+        "gradient: there is no gradient 'two'\n  allowed: one, both",
+    ),
+    "negative weight": (lambda: Consistency(weight=-1), "weight: weight is a number from 0\n  found: -1"),
+    "infinite weight": (lambda: Consistency(weight=float("inf")), "weight: weight is a number from 0\n  found: inf"),
+    "weight not a number": (
+        lambda: Consistency(weight=float("nan")),
+        "weight: weight is a number from 0\n  found: nan",
+    ),
+    "weight of a method": (
+        lambda: METHODS["hiddenkey"].with_weight(-2),
+        "weight: weight is a number from 0\n  found: -2",
+    ),
+    "two attention sites": (
+        lambda: Method([Site("attention_logits"), Site("hidden"), Site("attention_weights")]),
+        "sites: one attention site at a time: DropKey and DropAttention of one mask are the same forward "
+        "(paper Eq. 13)\n  found: attention_logits, attention_weights",
+    ),
+    "one attention site twice": (
+        lambda: Method([Site("attention_logits", layers=[0]), Site("attention_logits", layers=[1])]),
+        "sites: one attention site at a time: DropKey and DropAttention of one mask are the same forward "
+        "(paper Eq. 13)\n  found: attention_logits, attention_logits",
+    ),
+    "name": (
+        lambda: find("hiddenkey--"),
+        "method: there is no method 'hiddenkey--'\n"
+        "  allowed: none, lora-dropout, dropkey, dropattention, hiddencut, hiddenkey-, hiddenkey\n"
+        "  hint: did you mean 'hiddenkey-'?",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ILLEGAL)
+def test_the_illegal_is_refused_in_these_words(case: str) -> None:
+    make, text = ILLEGAL[case]
+    with pytest.raises(MethodError) as caught:
+        make()
+    assert str(caught.value) == text
+    assert caught.value.exit_code == 2
+    assert isinstance(caught.value, ValueError)  # for library users who know nothing of hkft's tree
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Site("hidden", layers=3),
+        lambda: Site("hidden", layers=None),
+        lambda: Consistency(weight="1"),
+        lambda: find(["dropkey"]),
+    ],
+    ids=["layers a number", "layers null", "weight in words", "method a list"],
+)
+@pytest.mark.xfail(
+    strict=True, reason="TypeError with a traceback, where a user's fault should be a MethodError", raises=TypeError
+)
+def test_a_value_of_the_wrong_type_is_the_users_fault_too(make: Callable[[], Any]) -> None:
+    with pytest.raises(MethodError):
+        make()
+
+
+def test_every_other_combination_is_legal() -> None:
+    rows = itertools.product(RESCALES, ("element", "column", "span"), ("auto", "all", "latter-half", [0, 2]))
+    for position, pattern, layers in rows:
+        for rescale in (None, *RESCALES[position]):
+            if position != "lora_input" or pattern == "element":
+                Site(position, pattern, 0.99, layers, rescale, "linear_up")  # type: ignore[arg-type]
+
+
+def test_defaults() -> None:
+    site = Site("hidden")
+    assert (site.pattern, site.rate, site.layers, site.rescale, site.schedule) == (
+        "element",
+        None,
+        "auto",
+        "none",
+        "constant",
+    )
+    assert {position: Site(position).rescale for position in RESCALES} == {
+        "attention_logits": "none",
+        "attention_weights": "normalised",
+        "hidden": "none",
+        "input": "none",
+        "output": "none",
+        "lora_input": "inverse_keep",
+    }
+    assert (Consistency().kind, Consistency().weight, Consistency().gradient) == ("kl", 1.0, "one")
+    assert Method() == Method((), None, "custom")
+
+
+def test_data_is_frozen_and_hashable() -> None:
+    for record, field in (
+        (Site("hidden", layers=[1]), "rate"),
+        (Consistency(), "weight"),
+        (METHODS["hiddenkey"], "name"),
+    ):
+        with pytest.raises(FrozenInstanceError):
+            setattr(record, field, 0.5)
+        hash(record)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [0.4, 0.4, 0.4, 0.4]),
+        ("linear_up", [0.1, 0.2, 0.3, 0.4]),
+        ("linear_down", [0.4, 0.3, 0.2, 0.1]),
+    ],
+)
+def test_rate_of_a_layer(schedule: str, rates: list[float]) -> None:
+    site = Site("hidden", rate=0.4, schedule=schedule)  # type: ignore[arg-type]
+    assert [site.rate_at(index, 4) for index in range(4)] == pytest.approx(rates)
+    assert site.rate_at(0, 1) == 0.4
+
+
+def test_a_site_without_a_rate_drops_a_tenth() -> None:
+    assert Site("hidden").rate_at(0, 3) == 0.1
+    assert Site("hidden", rate=0).rate_at(0, 3) == 0
+
+
+def test_named_methods() -> None:
+    key, cut = ("attention_logits", "column", "none"), ("hidden", "element", "inverse_keep")
+    content = {name: [(s.position, s.pattern, s.rescale) for s in method.sites] for name, method in METHODS.items()}
+    assert content == {
+        "none": [],
+        "lora-dropout": [("lora_input", "element", "inverse_keep")],
+        "dropkey": [key],
+        "dropattention": [("attention_weights", "column", "normalised")],
+        "hiddencut": [cut],
+        "hiddenkey-": [key, cut],
+        "hiddenkey": [key, cut],
+    }
+    assert {name for name, method in METHODS.items() if method.consistency} == {"hiddenkey"}
+    assert METHODS["hiddenkey"].consistency == Consistency("kl", 1.0, "one")
+    assert all(method.name == name and find(name) is method for name, method in METHODS.items())
+    assert all(s.rate is None and s.schedule == "constant" for m in METHODS.values() for s in m.sites)
+    assert {s.layers for name, m in METHODS.items() for s in m.sites if name != "lora-dropout"} == {"auto"}
+    assert METHODS["lora-dropout"].sites[0].layers == "all"  # PEFT's own acts in every layer
+    assert SUMMARIES.keys() == METHODS.keys()
+
+
+def test_passes_and_active() -> None:
+    assert {name for name, method in METHODS.items() if method.active} == METHODS.keys() - {"none"}
+    assert [name for name, method in METHODS.items() if method.passes == 2] == ["hiddenkey"]
+    hiddenkey = METHODS["hiddenkey"]
+    assert hiddenkey.with_rate(0).passes == 1  # the term is exactly 0
+    assert hiddenkey.with_weight(0).passes == 1
+    assert Method(consistency=Consistency()).passes == 1
+    assert Method([Site("hidden", rate=0), Site("input", rate=0.1)], Consistency()).passes == 2
+
+
+def test_with_rate_fills_only_what_is_open() -> None:
+    method = Method([Site("hidden", rate=0.3), Site("input")]).with_rate(0.2)
+    assert [site.rate for site in method.sites] == [0.3, 0.2]
+    assert method.name == "custom"
+    assert METHODS["hiddenkey"].with_rate(0.2).name == "hiddenkey"
+    assert METHODS["hiddenkey"].sites[0].rate is None
+
+
+def test_with_weight_leaves_a_method_without_consistency_alone() -> None:
+    assert METHODS["dropkey"].with_weight(3) == METHODS["dropkey"]
+    assert METHODS["hiddenkey"].with_weight(3).consistency == Consistency("kl", 3)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        *METHODS.values(),
+        Method(
+            [Site("hidden", "span", 0.2, [3, 1]), Site("input", "column", schedule="linear_up")],
+            Consistency("js", 2, "both"),
+        ),
+    ],
+    ids=lambda m: m.name,
+)
+def test_as_dict_round_trip(method: Method) -> None:
+    import json
+
+    record = json.loads(json.dumps(method.as_dict()))
+    sites = [Site(**site) for site in record.pop("sites")]
+    consistency = record.pop("consistency")
+    assert Method(sites, consistency and Consistency(**consistency), **record) == method
+
+
+def test_as_dict_content() -> None:
+    assert Method([Site("hidden", layers=[1, 2])], Consistency("js")).as_dict() == {
+        "sites": [
+            {
+                "position": "hidden",
+                "pattern": "element",
+                "rate": None,
+                "layers": [1, 2],
+                "rescale": "none",
+                "schedule": "constant",
+            }
+        ],
+        "consistency": {"kind": "js", "weight": 1.0, "gradient": "one"},
+        "name": "custom",
+    }
+
+
+def test_importing_the_methods_imports_neither_torch_nor_transformers() -> None:
+    heavy = "{'torch', 'transformers', 'peft', 'numpy'}"
+    code = f"import sys, hkft, hkft.dropout.method; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,373 @@
+"""The merged folder is the adapted model: the same outputs in plain transformers, head and settings included."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, TaskType
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from hkft.errors import SetupError, UsageError
+from hkft.evaluation.saved import load_saved
+from hkft.events import Event, Notice, Stage
+from hkft.folder import read_json
+from hkft.merging.merge import merge
+
+TEXT = "the film was not very good"
+
+PLAIN = """
+import sys
+class NotInstalled:
+    finders = list(sys.meta_path)
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("hkft", "peft"):
+            return None
+        return next(filter(None, (finder.find_spec(name, path, target) for finder in self.finders)), None)
+    def find_distributions(self, context):
+        if context.name in ("hkft", "peft"):
+            return
+        for finder in self.finders:
+            if hasattr(finder, "find_distributions"):
+                yield from finder.find_distributions(context)
+sys.meta_path[:] = [NotInstalled()]
+for name in ("hkft", "peft"):
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    raise SystemExit(f"{name} could be imported")
+import json, torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+folder, text = sys.argv[1:]
+model = AutoModelForSequenceClassification.from_pretrained(folder)
+with torch.no_grad():
+    logits = model(**AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")).logits
+print(json.dumps({"logits": logits.tolist(), "labels": model.config.id2label, "training": model.training}))
+"""
+
+
+def outputs(model: Any, folder: Path, text: str = TEXT) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**AutoTokenizer.from_pretrained(str(folder))(text, return_tensors="pt")).logits
+
+
+def adapted(base: Path, adapter: Path, labels: int = 3) -> Any:
+    model = AutoModelForSequenceClassification.from_pretrained(str(base), num_labels=labels, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, str(adapter)).eval()
+
+
+def opened(folder: Path) -> Any:
+    return AutoModelForSequenceClassification.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
+def test_merged_is_adapted(family: str, tmp_path: Path, tiny: Any) -> None:
+    base = tiny.base(tmp_path / "base", family)
+    adapter = tiny.adapter(tmp_path / "adapter", base)
+    before = outputs(adapted(base, adapter), base)
+    merged = merge(adapter, tmp_path / "out")
+    after = outputs(opened(merged.path), merged.path)
+    assert merged.path == tmp_path / "out"
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+    assert merged.verification is not None
+    assert merged.verification["passed"]
+    assert merged.verification["max_logit_difference"] < 1e-4
+    assert merged.verification["adapter_effect"] > 0.1
+
+
+@pytest.mark.parametrize("lora", [{"use_rslora": True}, {"use_dora": True}, {"target_modules": "all-linear", "r": 2}])
+def test_kinds_of_lora(lora: dict[str, Any], tmp_path: Path, tiny: Any) -> None:
+    base = tiny.base(tmp_path / "base")
+    adapter = tiny.adapter(tmp_path / "adapter", base, **lora)
+    before = outputs(adapted(base, adapter), base)
+    folder = merge(adapter, tmp_path / "out").path
+    torch.testing.assert_close(outputs(opened(folder), folder), before, atol=1e-4, rtol=1e-4)
+
+
+def test_plain_transformers_opens_it(run: Path, tmp_path: Path) -> None:
+    saved = load_saved(run)
+    before = outputs(saved.model, run.parent / "base")
+    folder = merge(run, tmp_path / "out").path
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(folder), TEXT],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    torch.testing.assert_close(torch.tensor(said["logits"]), before, atol=1e-5, rtol=1e-5)
+    assert said["labels"] == {"0": "fine", "1": "poor"}
+    assert said["training"] is False
+
+
+def test_a_run(run: Path, tmp_path: Path) -> None:
+    merged = merge(run, tmp_path / "out", verify=True)
+    record = merged.verification
+    assert record is not None
+    assert (record["on"], record["rows"], record["dtype"], merged.dtype) == ("validation", 10, "float32", "float32")
+    assert record["agreement"] == 1.0
+    assert abs(record["mean_kl"]) < 1e-9
+    best = read_json(run / "summary.json")["best"]["validation"]
+    assert record["metrics"]["adapted"]["loss"] == pytest.approx(best["loss"], abs=1e-5)
+    assert record["metrics"]["merged"]["accuracy"] == best["accuracy"]
+    assert record["metrics"]["difference"]["loss"] == pytest.approx(0.0, abs=1e-5)
+    assert merged.bytes == sum(path.stat().st_size for path in merged.path.iterdir())
+    assert merged.seconds > 0
+    assert json.loads(json.dumps(merged.as_dict()))["path"] == str(tmp_path / "out")
+    kept = read_json(merged.path / "merge.json")
+    assert kept["verification"] == record
+    assert (kept["source"], kept["checkpoint"], kept["base"]) == ("run", "best", "base")
+
+
+def test_configuration_is_the_bases_own(run: Path, tmp_path: Path) -> None:
+    folder = merge(run, tmp_path / "out", verify=False).path
+    base, written = read_json(run.parent / "base" / "config.json"), read_json(folder / "config.json")
+    assert written["hidden_dropout_prob"] == 0.15
+    assert written["attention_probs_dropout_prob"] == 0.05
+    assert written["id2label"] == {"0": "fine", "1": "poor"}
+    assert written["label2id"] == {"fine": 0, "poor": 1}
+    assert written["problem_type"] == "single_label_classification"
+    assert written["architectures"] == ["BertForSequenceClassification"]
+    changed = {"architectures", "id2label", "label2id", "problem_type"}
+    assert {key: value for key, value in written.items() if key not in changed} == {
+        key: value for key, value in base.items() if key not in changed
+    }
+    assert "hkft" not in (folder / "config.json").read_text(encoding="utf-8")
+
+
+def test_files(run: Path, tmp_path: Path) -> None:
+    folder = merge(run, tmp_path / "out", verify=False).path
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "merge.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    inner = read_json(folder / "tokenizer.json")
+    assert inner["truncation"] is None, "what the tokenizer was used for must not be written with it"
+    assert inner["padding"] is None
+    assert (folder / "chat_template.jinja").read_text(encoding="utf-8").startswith("{% for message")
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert len(modes) == 1, "safetensors alone would be unreadable for others"
+
+
+def test_trained_head_survives(tmp_path: Path, tiny: Any) -> None:
+    adapter = tiny.adapter(tmp_path / "adapter", tiny.base(tmp_path / "base", "roberta"), labels=5)
+    folder = merge(adapter, tmp_path / "out").path
+    trained, written = load_file(adapter / "adapter_model.safetensors"), load_file(folder / "model.safetensors")
+    heads = {name.removeprefix("base_model.model."): value for name, value in trained.items() if "classifier" in name}
+    assert set(heads) == {f"classifier.{part}.{kind}" for part in ("dense", "out_proj") for kind in ("weight", "bias")}
+    for name, value in heads.items():
+        assert torch.equal(written[name], value), name
+    assert opened(folder).config.num_labels == 5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_dtype_is_rounded_once(dtype: str, adapter: Path, tmp_path: Path) -> None:
+    exact = adapted(tmp_path / "base", adapter).merge_and_unload().state_dict()
+    merged = merge(adapter, tmp_path / "out", dtype=dtype)
+    written = load_file(merged.path / "model.safetensors")
+    kind = getattr(torch, dtype)
+    assert merged.dtype == dtype
+    assert {value.dtype for value in written.values()} == {kind}
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    torch.testing.assert_close(written[name], exact[name].to(kind), atol=1e-6, rtol=0)
+    assert read_json(merged.path / "config.json")["dtype"] == dtype
+    assert opened(merged.path).dtype == kind
+
+
+def test_dtype_of_the_bases_files(tmp_path: Path, tiny: Any) -> None:
+    base = tiny.base(tmp_path / "base", dtype=torch.bfloat16)
+    adapter = tiny.adapter(tmp_path / "adapter", base)
+    before = outputs(adapted(base, adapter), base)
+    merged = merge(adapter, tmp_path / "out")
+    assert merged.dtype == "bfloat16"
+    assert merged.verification is not None
+    assert merged.verification["passed"]
+    assert merged.verification["max_logit_difference"] > 1e-5, "rounding must show"
+    after = outputs(opened(merged.path).float(), merged.path)
+    torch.testing.assert_close(after, before, atol=merged.verification["tolerance"], rtol=0)
+
+
+def test_dtype_of_files_whose_config_names_none(tmp_path: Path, tiny: Any) -> None:
+    base = tiny.base(tmp_path / "base", dtype=torch.float16)
+    config = read_json(base / "config.json")
+    del config["dtype"]
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert merge(tiny.adapter(tmp_path / "adapter", base), tmp_path / "out").dtype == "float16"
+
+
+def test_regression(regression_run: Path, tmp_path: Path) -> None:
+    merged = merge(regression_run, tmp_path / "out")
+    record = merged.verification
+    assert record is not None
+    assert record["passed"]
+    assert record["mean_kl"] is None
+    assert record["agreement"] is None
+    assert set(record["metrics"]["difference"]) == {"loss", "pearson", "spearman", "mse"}
+    config = opened(merged.path).config
+    assert (config.num_labels, config.problem_type) == (1, "regression")
+
+
+def test_last_checkpoint(run: Path, tmp_path: Path) -> None:
+    merged = merge(run, tmp_path / "out", checkpoint="last")
+    last = load_saved(run, checkpoint="last")
+    torch.testing.assert_close(
+        outputs(opened(merged.path), merged.path), outputs(last.model, merged.path), atol=1e-5, rtol=1e-5
+    )
+    assert read_json(merged.path / "merge.json")["checkpoint"] == "last"
+
+
+def test_adapter_inside_a_run_belongs_to_it(run: Path, tmp_path: Path) -> None:
+    merged = merge(run / "adapter", tmp_path / "out")
+    assert merged.verification is not None
+    assert merged.verification["on"] == "validation"
+    assert opened(merged.path).config.id2label == {0: "fine", 1: "poor"}
+
+
+def test_adapter_without_a_run(adapter: Path, tmp_path: Path) -> None:
+    merged = merge(adapter, tmp_path / "out")
+    record = merged.verification
+    assert record is not None
+    assert (record["on"], record["rows"], record["metrics"]) == ("fixed sentences", 32, None)
+    assert record["agreement"] == 1.0
+    assert "None" not in (merged.path / "README.md").read_text(encoding="utf-8")
+
+
+def test_adapter_with_a_recipe(run: Path, tmp_path: Path) -> None:
+    alone = shutil.copytree(run / "adapter", tmp_path / "alone")
+    merged = merge(alone, tmp_path / "out", recipe=run.parent / "small.yaml", overrides=["model.native_dropout=0.3"])
+    assert merged.verification is not None
+    assert merged.verification["on"] == "validation"
+    assert opened(merged.path).config.id2label == {0: "fine", 1: "poor"}
+    assert opened(merged.path).config.hidden_dropout_prob == 0.15
+
+
+def test_language_model(tmp_path: Path, tiny: Any) -> None:
+    base = tiny.base(tmp_path / "base", "llama")
+    adapter = tiny.adapter(tmp_path / "adapter", base, TaskType.CAUSAL_LM)
+    before = outputs(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(str(base)), str(adapter)), base)
+    merged = merge(adapter, tmp_path / "out")
+    after = outputs(AutoModelForCausalLM.from_pretrained(str(merged.path)), merged.path)
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+    assert (merged.path / "generation_config.json").exists()
+    assert (merged.path / "chat_template.jinja").exists()
+    assert "AutoModelForCausalLM" in (merged.path / "README.md").read_text(encoding="utf-8")
+
+
+def test_quantised_run_goes_onto_full_precision(run: Path, tmp_path: Path) -> None:
+    heard: list[Event] = []
+    merged = merge(run, tmp_path / "out", overrides=["model.quantization=4bit"], tell=heard.append)
+    text = next(e.text for e in heard if isinstance(e, Notice) and "4bit" in e.text)
+    assert text.startswith("trained on a 4bit base, merged onto the full-precision one: nothing is quantised again")
+    assert "quantization_config" not in read_json(merged.path / "config.json")
+    assert merged.dtype == "float32"
+
+
+def test_quantised_files_are_refused(tmp_path: Path, adapter: Path) -> None:
+    config = read_json(tmp_path / "base" / "config.json")
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(SetupError, match="quantised already: an adapter is merged onto full-precision weights"):
+        merge(adapter, tmp_path / "out")
+
+
+def test_stages(run: Path, tmp_path: Path) -> None:
+    heard: list[Event] = []
+    merge(run, tmp_path / "out", tell=heard.append)
+    texts = [event.text for event in heard if isinstance(event, Stage)]
+    order = [f"loading {run.parent / 'base'}", "merging", "writing", "verifying"]
+    assert [texts.index(text) for text in order[:3]] == sorted(texts.index(text) for text in order[:3])
+    last = [event for event in heard if isinstance(event, Stage)][-1]
+    assert (last.text, last.done, last.total) == ("verifying", 10, 10)
+
+
+def test_data_that_is_gone(run: Path, tmp_path: Path) -> None:
+    heard: list[Event] = []
+    gone = tmp_path / "gone.csv"
+    merged = merge(run, tmp_path / "out", overrides=[f"data.train={gone}"], tell=heard.append)
+    assert merged.verification is not None
+    assert merged.verification["on"] == "fixed sentences"
+    assert any(isinstance(e, Notice) and e.text.startswith("no validation rows to verify with (") for e in heard)
+
+
+def test_a_blind_check_says_so(tmp_path: Path, tiny: Any) -> None:
+    heard: list[Event] = []
+    adapter = tiny.adapter(tmp_path / "adapter", tiny.base(tmp_path / "base", "llama"), TaskType.CAUSAL_LM)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    small = {name: value * (1e-9 if "lora_B" in name else 1.0) for name, value in weights.items()}
+    save_file(small, adapter / "adapter_model.safetensors")
+    merge(adapter, tmp_path / "out", tell=heard.append)
+    assert any(
+        isinstance(e, Notice) and e.text.endswith("it would have missed an adapter that was not merged") for e in heard
+    )
+
+
+def test_card(run: Path, tmp_path: Path) -> None:
+    text = (merge(run, tmp_path / "out").path / "README.md").read_text(encoding="utf-8")
+    best = read_json(run / "summary.json")["best"]["validation"]
+    assert text.startswith("---\nlibrary_name: transformers\npipeline_tag: text-classification\n")
+    for line in (
+        "# out",
+        "`base`, fine-tuned with LoRA and the dropout method `hiddenkey-`",
+        "| Recipe | `small`, seed 1 |",
+        "| Training data | `rows.csv` |",
+        "| Labels | fine, poor |",
+        f"| loss | {best['loss']:.4f} |",
+        "Compared with the base model and its adapter on 10 rows (validation)",
+    ):
+        assert line in text
+    assert str(run.parent) not in text, "a local path is no business of whoever gets the folder"
+    unchecked = merge(run, tmp_path / "unchecked", verify=False)
+    assert unchecked.verification is None
+    assert "Not compared with the adapted model." in (unchecked.path / "README.md").read_text(encoding="utf-8")
+
+
+def test_overrides_without_a_recipe(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--set changes a recipe, and this adapter has none") as caught:
+        merge(adapter, tmp_path / "out", overrides=["seed=2"])
+    assert caught.value.problems[0].hint == "--recipe names one"
+
+
+def test_base_that_is_not_there(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(SetupError, match="the adapter and the base model it names could not be loaded") as caught:
+        merge(adapter, tmp_path / "out")
+    assert str(tmp_path / "base") in str(caught.value.problems[0].hint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapter_without_its_head(adapter: Path, tmp_path: Path) -> None:
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({k: v for k, v in weights.items() if "classifier" not in k}, adapter / "adapter_model.safetensors")
+    with pytest.raises(SetupError, match="could not be loaded") as caught:
+        merge(adapter, tmp_path / "out")
+    assert caught.value.problems[0].found == "no 'base_model.model.classifier.weight'"
+
+
+def test_unknown_task(adapter: Path, tmp_path: Path) -> None:
+    config = read_json(adapter / "adapter_config.json") | {"task_type": None}
+    (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UsageError, match="adapters of this task cannot be merged"):
+        merge(adapter, tmp_path / "out")
+
+
+def test_unknown_dtype(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a merged model cannot be bfloat61") as caught:
+        merge(adapter, tmp_path / "out", dtype="bfloat61")
+    assert caught.value.problems[0].hint == "did you mean 'bfloat16'?"

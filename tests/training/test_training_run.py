@@ -1,0 +1,237 @@
+"""A run from recipe to folder, on a tiny random BERT and made sentences."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hkft import api
+from hkft.errors import DivergedError, MethodError, RecipeError, UsageError
+from hkft.evaluation import saved
+from hkft.events import Evaluated, Event, TrainStep
+from hkft.folder import RunFolder, read_json
+from hkft.recipe import load
+from hkft.training import looks, run
+
+FILES = {
+    "recipe.yaml", "resolved.yaml", "environment.json", "metrics.jsonl", "splits.json", "predictions", "adapter",
+    "checkpoints", "report.html", "README.md", "summary.json",
+}  # fmt: skip
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def finished(recipe_file: Path, tmp_path: Path) -> RunFolder:
+    return api.train(recipe_file, output=tmp_path / "run")
+
+
+def test_the_folder_is_what_the_contract_lists(finished, recipe_file):
+    assert {path.name for path in finished.path.iterdir()} == FILES
+    assert {path.name for path in (finished.path / "predictions").iterdir()} == {"train_probe.jsonl", "validation.jsonl"}
+    assert finished.recipe.read_text(encoding="utf-8") == recipe_file.read_text(encoding="utf-8")
+    assert load(finished.resolved) == load(recipe_file)
+    summary = read_json(finished.summary)
+    assert summary["status"] == "finished"
+    assert summary["steps"] == summary["total_steps"] == 16
+    assert set(summary["best"]) == set(summary["final"]) == {"train_probe", "validation"}
+    assert {"loss", "accuracy", "f1", "matthews_correlation"} == set(summary["best"]["validation"])
+    assert {"name", "since_step", "confidence", "text"} == set(summary["verdict"])
+    for key in ("train_runtime_s", "train_samples_per_s", "train_tokens_per_s", "peak_memory_bytes"):
+        assert summary[key] > 0
+    assert summary["trainable_parameters"] == 2 * 2 * 2 * 4 * 32 + 2 * 32 + 2  # layers, modules, A and B; the head
+    assert read_json(finished.environment)["versions"]["torch"]
+    assert "hkft" not in (finished.adapter / "adapter_config.json").read_text(encoding="utf-8")
+
+
+def test_the_probe_is_a_fixed_part_of_train_with_validation_s_size_and_mix(finished):
+    splits = read_json(finished.splits)
+    assert set(splits["train_probe"]) < set(splits["train"])
+    assert not set(splits["train"]) & set(splits["validation"])
+    assert len(splits["train_probe"]) == len(splits["validation"]) == 40
+    probe, validation = (lines(finished.predictions(name)) for name in ("train_probe", "validation"))
+    assert Counter(row["label"] for row in probe) == Counter(row["label"] for row in validation)
+
+
+def test_every_look_is_in_eval_mode_and_can_be_had_again(finished):
+    summary = read_json(finished.summary)
+    loaded = saved.load_saved(finished.path)
+    for split, name in (("validation", "validation"),):
+        again = saved.evaluate(loaded, split)
+        assert again.metrics() == pytest.approx(summary["best"][name], rel=1e-9)
+        assert again.ids == read_json(finished.splits)[split]
+        assert again.records(loaded.labels) == lines(finished.predictions(name))
+
+
+def test_last_is_the_model_of_the_final_look(finished):
+    summary = read_json(finished.summary)
+    last = saved.evaluate(saved.load_saved(finished.path, checkpoint="last"))
+    assert last.metrics()["loss"] == pytest.approx(summary["final"]["validation"]["loss"], rel=1e-6)
+
+
+def test_gap_and_best_follow_from_the_looks(finished):
+    curve = finished.records("eval")
+    assert [seen["step"] for seen in curve] == [0, 4, 8, 12, 16]
+    for seen in curve:
+        assert seen["gap"]["loss"] == pytest.approx(seen["validation"]["loss"] - seen["train_probe"]["loss"])
+        assert seen["gap"]["accuracy"] == pytest.approx(seen["train_probe"]["accuracy"] - seen["validation"]["accuracy"])
+    best = min(curve[1:], key=lambda seen: seen["validation"]["loss"])
+    summary = read_json(finished.summary)
+    assert summary["best_step"] == best["step"]
+    assert summary["best"]["validation"]["loss"] == best["validation"]["loss"]
+
+
+def test_objective_task_loss_and_consistency_are_told_apart(recipe_file, tmp_path):
+    heard: list[Event] = []
+    run.train(load(recipe_file), tmp_path / "run", tell=heard.append)
+    steps = [event for event in heard if isinstance(event, TrainStep)]
+    assert len(steps) == 16
+    for step in steps:
+        assert step.consistency is not None
+        assert step.objective == pytest.approx(step.task_loss + 0.5 * step.consistency, abs=1e-6)
+
+
+def test_it_learns(recipe_file, tmp_path):
+    done = api.train(recipe_file, ["train.num_train_epochs=6"], output=tmp_path / "run")
+    assert read_json(done.summary)["best"]["validation"]["accuracy"] >= 0.9
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(recipe_file, tmp_path):
+    first, second, other = (
+        run.train(load(recipe_file, [f"seed={seed}"]), tmp_path / name).records("eval")
+        for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    )
+    losses = [[seen["validation"]["loss"] for seen in curve] for curve in (first, second, other)]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+def test_methods_start_from_the_same_weights_on_the_same_rows(recipe_file, tmp_path):
+    runs = [
+        run.train(load(recipe_file, [f"dropout.method={name}"]), tmp_path / name)
+        for name in ("none", "dropattention", "lora-dropout")
+    ]
+    assert len({json.dumps(read_json(one.splits)) for one in runs}) == 1
+    assert len({one.records("eval")[0]["validation"]["loss"] for one in runs}) == 1
+    assert len({one.records("eval")[-1]["validation"]["loss"] for one in runs}) == 3
+    [site] = read_json(runs[2].summary)["sites"]
+    assert site["calls"] == 2 * 2 * 16  # layers, adapted modules, steps
+    assert "lora_dropout\": 0.0" in (runs[2].adapter / "adapter_config.json").read_text(encoding="utf-8")
+
+
+def test_a_regression_on_pairs(recipe_file, tmp_path):
+    settings = ["task=regression", "data.label=stars", "data.text=[text, other]", "train.num_train_epochs=6"]
+    summary = read_json(api.train(recipe_file, settings, output=tmp_path / "run").summary)
+    assert summary["metric"] == "pearson"
+    assert set(summary["best"]["validation"]) == {"loss", "pearson", "spearman", "mse"}
+    assert summary["best"]["validation"]["loss"] < summary["best"]["validation"]["mse"] + 1e-6
+    assert summary["best"]["validation"]["pearson"] > 0.5
+
+
+def test_the_criterion_may_be_a_metric(recipe_file, tmp_path):
+    done = run.train(load(recipe_file, ["diagnostics.metric=accuracy"]), tmp_path / "run")
+    curve = done.records("eval")[1:]
+    best = max(curve, key=lambda seen: seen["validation"]["accuracy"])  # the first of equals
+    assert read_json(done.summary)["best_step"] == best["step"]
+
+
+def test_patience_stops_early(recipe_file, tmp_path):
+    settings = ["diagnostics.patience=2", "train.learning_rate=0.3", "train.num_train_epochs=40"]
+    summary = read_json(run.train(load(recipe_file, settings), tmp_path / "run").summary)
+    assert summary["status"] == "finished"
+    assert summary["steps"] == summary["best_step"] + 8 < summary["total_steps"]
+
+
+def test_divergence_says_so_and_leaves_the_best_so_far(recipe_file, tmp_path):
+    with pytest.raises(DivergedError) as caught:
+        api.train(recipe_file, ["train.learning_rate=1e12", "train.max_grad_norm=0"], output=tmp_path / "run")
+    assert caught.value.exit_code == 6
+    summary = read_json(tmp_path / "run" / "summary.json")
+    assert summary["status"] == "failed"
+    assert summary["error"] == str(caught.value)
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_finished_run_is_never_overwritten(finished, recipe_file):
+    before = finished.summary.read_bytes()
+    with pytest.raises(UsageError, match="there is a finished run in this folder already"):
+        api.train(recipe_file, output=finished.path)
+    with pytest.raises(UsageError, match="this run is finished"):
+        api.train(recipe_file, output=finished.path, resume=True)
+    assert finished.summary.read_bytes() == before
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(recipe_file, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(UsageError, match="the output folder is not empty"):
+        api.train(recipe_file, output=tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "text"),
+    [
+        ("data.text=nothing", Exception, "there is no column 'nothing'"),
+        ("lora.target_modules=[qery]", RecipeError, "did you mean 'query'?"),
+        ("diagnostics.metric=acuracy", RecipeError, "did you mean 'accuracy'?"),
+        ("dropout.sites=[{position: hidden, layers: [7]}]", MethodError, "allowed: 0 to 1"),
+        ("train.lr_scheduler_type=liner", RecipeError, "transformers refuses the train section"),
+    ],
+)
+def test_what_is_wrong_before_training_leaves_nothing_behind(recipe_file, tmp_path, setting, error, text):
+    with pytest.raises(error) as caught:
+        api.train(recipe_file, [setting], output=tmp_path / "run")
+    assert text in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_run_resumes_to_the_same_end(recipe_file, tmp_path):
+    whole = run.train(load(recipe_file), tmp_path / "whole")
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, Evaluated) and event.step == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        api.train(recipe_file, output=tmp_path / "cut", tell=interrupt)
+    cut = RunFolder(tmp_path / "cut")
+    assert cut.status == "interrupted"
+    assert cut.report.exists()
+    with pytest.raises(UsageError, match="an unfinished run"):
+        api.train(recipe_file, output=cut.path)
+    with pytest.raises(UsageError, match="was started with another recipe"):
+        api.train(recipe_file, ["seed=9"], output=cut.path, resume=True)
+    api.train(recipe_file, output=cut.path, resume=True)
+    assert cut.status == "finished"
+    curves = [[(seen["step"], seen["validation"]["loss"]) for seen in one.records("eval")] for one in (whole, cut)]
+    assert [step for step, _ in curves[1]] == [0, 4, 8, 12, 16]
+    assert [loss for _, loss in curves[1]] == pytest.approx([loss for _, loss in curves[0]], rel=1e-5)
+
+
+def test_rate_zero_says_that_the_consistency_is_left_out(recipe_file, tmp_path):
+    heard: list[Event] = []
+    run.train(load(recipe_file, ["dropout.rate=0"]), tmp_path / "run", tell=heard.append)
+    assert any("every dropout rate is 0" in getattr(event, "text", "") for event in heard)
+    assert all(event.consistency is None for event in heard if isinstance(event, TrainStep))
+
+
+@pytest.mark.parametrize(
+    ("total", "per_epoch", "evals", "expected"),
+    [
+        (16, 8, 2, [4, 8, 12, 16]),
+        (10, 3, 1, [3, 6, 9, 10]),
+        (5, 10, 4, [3, 5]),
+        (3, 1, 4, [1, 2, 3]),
+        (7, 7, 3, [3, 5, 7]),
+    ],
+)
+def test_looks_are_spread_evenly_and_the_last_step_is_one(total, per_epoch, evals, expected):
+    assert looks.steps(total, per_epoch, evals) == expected

