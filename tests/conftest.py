@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from pathlib import Path
 import sys
+from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook

@@ -8,7 +8,7 @@ from hkft.cli.shared import Debug, Json, Recipe, Set, quiet, reported, show_json
 @reported
 def check(
     recipe: Recipe,
-    set: Set = None,  # noqa: A002
+    set: Set = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:

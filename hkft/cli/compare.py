@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hkft.cli.shared import Debug, Json, Set, quiet, reported, show_json
-from hkft.errors import UsageError
+from hkft.errors import HkftError, Problem, UsageError
 
 
 @reported
@@ -20,7 +20,7 @@ def compare(
     rates: Annotated[
         str | None, typer.Option(help="Dropout rates, separated by commas. Default: the recipe's.")
     ] = None,
-    set: Set = None,  # noqa: A002
+    set: Set = None,
     output: Annotated[Path | None, typer.Option(help="The grid's folder. Default: runs/compare-<recipe>")] = None,
     json: Json = False,
     debug: Debug = False,
@@ -30,15 +30,21 @@ def compare(
         raise UsageError(
             "say either --recipe, to run a grid, or the run folders to compare", hint="hkft compare --help"
         )
-    from hkft.view.comparison import show_comparison
+    from hkft.view.tables import table
     from hkft.view.terminal import view
 
     with view(json=json) as tell:
         quiet(tell)
-        from hkft.comparison import command
+        from hkft.comparison import command, tables
 
         if recipe:
             result = command.run_grid(recipe, set or (), methods.split(","), seeds, rates, output, tell)
         else:
             result = command.of_runs(runs or [], output)
-    show_json(result.as_dict()) if json else show_comparison(result.as_dict())
+    if json:
+        show_json(result.as_dict())
+    else:
+        table(*tables.narrow(result))
+        typer.echo("\n" + "\n".join(tables.sentences(result)))
+    if result.failed:
+        raise HkftError(problems=[Problem(error, where=cell) for cell, error in result.failed.items()])

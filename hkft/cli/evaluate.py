@@ -17,7 +17,7 @@ def evaluate(
     ] = "validation",
     checkpoint: Annotated[str, typer.Option(help="best, last, or the path of an adapter.")] = "best",
     recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="The recipe, where there is no run.")] = None,
-    set: Set = None,  # noqa: A002
+    set: Set = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -23,7 +23,7 @@ def merge(
     ] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="The recipe, where there is no run.")] = None,
-    set: Set = None,  # noqa: A002
+    set: Set = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:

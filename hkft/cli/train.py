@@ -13,7 +13,7 @@ from hkft.cli.shared import Debug, Json, Recipe, Set, quiet, reported, show_json
 @reported
 def train(
     recipe: Recipe,
-    set: Set = None,  # noqa: A002
+    set: Set = None,
     output: Annotated[
         Path | None, typer.Option(help="The run folder. Default: runs/<recipe>-<method>-s<seed>-<hash>")
     ] = None,

@@ -137,7 +137,7 @@ class Looks(TrainerCallback):
         return sum(seen.step > self.best.step for seen in self.curve) >= self.patience
 
 
-class stop_on_signal:  # noqa: N801: a context manager that reads as a phrase
+class StopOnSignal:
     """While inside, the first Ctrl-C or SIGTERM asks `looks` to stop after the step; a second one stops at once."""
 
     def __init__(self, looks: Looks) -> None:

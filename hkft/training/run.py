@@ -99,6 +99,7 @@ def begin(recipe: Recipe, output: str | Path | None = None, *, resume: bool = Fa
     set_seed(recipe.seed)
     base = build.base(recipe, material.labels, build.padding_id(material.tokenizer))
     model = build.with_lora(base, recipe)
+    arguments(recipe, folder)
     attach(model, recipe.method).detach()  # a method the model cannot carry is refused here
     _open(folder, recipe, material, resume)
 
@@ -237,7 +238,7 @@ def _fit(begun: Begun) -> None:
     write_json(folder.summary, _summary(recipe, watcher, trainer, "running", facts))
     status = "failed"
     try:
-        with out_of_memory_explained(recipe), looks.stop_on_signal(watcher):
+        with out_of_memory_explained(recipe), looks.StopOnSignal(watcher):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         status = "interrupted" if watcher.interrupted is not None else "finished"
     except HkftError as error:

@@ -49,7 +49,7 @@ diagnostics: {{evals_per_epoch: 1}}
 
 def test_a_real_grid_is_paired_finishes_and_does_not_run_twice(recipe, tmp_path):
     def run():
-        return command.run_grid(recipe, [], ["none", "dropkey"], 2, None, tmp_path / "grid")
+        return command.run_grid(recipe, ["train.logging_steps=1"], ["none", "dropkey"], 2, None, tmp_path / "grid")
 
     found = run()
     assert [(row.label, row.seeds) for row in found.rows] == [("none", (1, 2)), ("dropkey", (1, 2))]

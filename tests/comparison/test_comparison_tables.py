@@ -28,8 +28,44 @@ def comparison(recipe, write_run, tmp_path) -> Comparison:
 
 
 MARKDOWN = """\
+# small: none, hiddenkey-; 3 seeds; baseline none
+
+| method | seeds | best accuracy | median | final accuracy | final loss | loss gap at best | final loss gap | time | memory | verdicts | best accuracy against none |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |
+| none | 3 | 0.8100 ± 0.0100 | 0.8100 | 0.8000 ± 0.0100 | 0.713 ± 0.015 | 0.310 ± 0.010 | 0.410 ± 0.010 | 1.00 x | 1.00 GiB | 2 overfitting, 1 healthy | baseline |
+| hiddenkey- | 3 | 0.8167 ± 0.0208 | 0.8100 | 0.8067 ± 0.0208 | 0.617 ± 0.015 | 0.200 ± 0.010 | 0.300 ± 0.010 | 1.08 x | 1.00 GiB | 3 healthy | cannot tell (n = 3 seeds; about 44 would be needed) |
+
+## In words
+
+- best accuracy, hiddenkey- against none: cannot tell (n = 3 seeds; about 44 would be needed); +0.0067 (-0.0313 to +0.0446), p = 0.53
+- final loss, hiddenkey- against none: better; -0.0967 (-0.1110 to -0.0823), p = 0.0012
+- final loss gap, hiddenkey- against none: better; -0.1100 (-0.1348 to -0.0852), p = 0.0027
+
+## Warnings
+
+- dropkey, seed 1 failed: the loss is nan
+
+## How to read it
+
+- best accuracy is that of the checkpoint with the best validation loss, selected and reported on the same validation rows: optimistic
+- differences are to none, paired by seed, with 95 % intervals; p is of the paired t test
+- with 3 seeds a paired t test needs |t| > 4.30
+- each seed drew its own rows: the spread is that of rows, initial weights and order together
 """
 LATEX = r"""
+% dropkey, seed 1 failed: the loss is nan
+\begin{table}
+  \centering
+  \caption{small: none, hiddenkey-; 3 seeds; baseline none. best accuracy is that of the checkpoint with the best validation loss, selected and reported on the same validation rows: optimistic. differences are to none, paired by seed, with 95 \% intervals; p is of the paired t test. with 3 seeds a paired t test needs $|$t$|$ $>$ 4.30. each seed drew its own rows: the spread is that of rows, initial weights and order together.}
+  \begin{tabular}{lrrrrrrrrrl}
+    \toprule
+    method & seeds & best accuracy & median & final accuracy & final loss & loss gap at best & final loss gap & time & memory & best accuracy against none \\
+    \midrule
+    none & 3 & 0.8100 $\pm$ 0.0100 & 0.8100 & 0.8000 $\pm$ 0.0100 & 0.713 $\pm$ 0.015 & 0.310 $\pm$ 0.010 & 0.410 $\pm$ 0.010 & 1.00 x & 1.00 GiB & baseline \\
+    hiddenkey- & 3 & 0.8167 $\pm$ 0.0208 & 0.8100 & 0.8067 $\pm$ 0.0208 & 0.617 $\pm$ 0.015 & 0.200 $\pm$ 0.010 & 0.300 $\pm$ 0.010 & 1.08 x & 1.00 GiB & cannot tell (n = 3 seeds; about 44 would be needed) \\
+    \bottomrule
+  \end{tabular}
+\end{table}
 """
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
@@ -17,10 +15,10 @@ SMALL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 @pytest.fixture
-def model() -> Iterator[BertForSequenceClassification]:
+def model() -> BertForSequenceClassification:
     config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     config.update(SMALL)
-    yield BertForSequenceClassification(config).train()
+    return BertForSequenceClassification(config).train()
 
 
 @pytest.fixture

@@ -27,7 +27,11 @@ def build(tmp_path: Path, labels: list, *, dropout: Any = "none", **settings: An
     )
     generator = torch.Generator().manual_seed(1)
     rows = [
-        {"input_ids": torch.randint(4, 50, (9,), generator=generator), "attention_mask": torch.ones(9).long(), "labels": y}
+        {
+            "input_ids": torch.randint(4, 50, (9,), generator=generator),
+            "attention_mask": torch.ones(9).long(),
+            "labels": y,
+        }
         for y in labels
     ]
     chosen = {"max_steps": 1, "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant", **settings}

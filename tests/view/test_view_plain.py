@@ -35,7 +35,7 @@ dropout hidden/element, layers 0-5: calls 0, rate 0.1000, measured did not fire
 run folder: runs/quickstart-hiddenkey-s1-3f9a
 next: hkft merge runs/quickstart-hiddenkey-s1-3f9a --output merged
 next: hkft eval runs/quickstart-hiddenkey-s1-3f9a
-"""  # noqa: E501
+"""
 
 
 def test_a_whole_run_in_a_log_file(run):
