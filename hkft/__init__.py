@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from hkft.api import train
+    from hkft.api import compare, train
     from hkft.dropout.attach import Attachment, attach, attached
     from hkft.dropout.method import METHODS, Consistency, Method, Site
     from hkft.errors import HkftError
@@ -31,6 +31,7 @@ __all__ = [
     "Trainer",
     "attach",
     "attached",
+    "compare",
     "consistency_loss",
     "train",
 ]
@@ -45,6 +46,7 @@ _HOMES = {
     "Site": "hkft.dropout.method",
     "HkftError": "hkft.errors",
     "consistency_loss": "hkft.training.objective",
+    "compare": "hkft.api",
     "train": "hkft.api",
     "Trainer": "hkft.training.trainer",
 }

@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from hkft.cli.shared import Debug, Json, Set, quiet, reported, show_json
-from hkft.errors import HkftError, Problem, UsageError
+from hkft.errors import UsageError
 
 
 @reported
 def compare(
-    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs that exist.")] = None,
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs that exist, instead of a recipe.")
+    ] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="A recipe to run the grid on.")] = None,
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "none,hiddenkey-,hiddenkey",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from the recipe's own.")] = 3,
@@ -21,7 +23,12 @@ def compare(
         str | None, typer.Option(help="Dropout rates, separated by commas. Default: the recipe's.")
     ] = None,
     set: Set = None,
-    output: Annotated[Path | None, typer.Option(help="The grid's folder. Default: runs/compare-<recipe>")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where tables, report and the grid's runs go. Default: runs/compare-<recipe>, none for runs that exist."
+        ),
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -30,21 +37,25 @@ def compare(
         raise UsageError(
             "say either --recipe, to run a grid, or the run folders to compare", hint="hkft compare --help"
         )
-    from hkft.view.tables import table
+    from hkft.view.compare import show_comparison
     from hkft.view.terminal import view
 
+    folder = output
     with view(json=json) as tell:
         quiet(tell)
-        from hkft.comparison import command, tables
+        from hkft import api
+        from hkft.comparison.grid import read_rates
 
         if recipe:
-            result = command.run_grid(recipe, set or (), methods.split(","), seeds, rates, output, tell)
+            result, folder = api.compare(
+                recipe, _names(methods), seeds, read_rates(rates), set or (), output=output, tell=tell
+            )
         else:
-            result = command.of_runs(runs or [], output)
-    if json:
-        show_json(result.as_dict())
-    else:
-        table(*tables.narrow(result))
-        typer.echo("\n" + "\n".join(tables.sentences(result)))
+            result = api.compare_runs(runs or [], output=output)
+    show_json(result.as_dict()) if json else show_comparison(result, folder)
     if result.failed:
-        raise HkftError(problems=[Problem(error, where=cell) for cell, error in result.failed.items()])
+        raise typer.Exit(next(iter(result.failed.values())).exit_code)
+
+
+def _names(methods: str) -> list[str]:
+    return [name.strip() for name in methods.split(",")]

@@ -13,7 +13,7 @@ from hkft.comparison.fairness import notes, unfair
 from hkft.comparison.runs import Group, Run, finished, grouped
 from hkft.comparison.statistics import Difference, Sample, against, describe
 from hkft.diagnostics.gap import LOWER_IS_BETTER, main_metric
-from hkft.errors import UsageError, nearest
+from hkft.errors import HkftError, UsageError, nearest
 from hkft.folder import jsonable
 
 SCHEMA_VERSION = 1
@@ -76,6 +76,18 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Failure:
+    """Why a cell has no finished run, and the exit code that `hkft train` would have ended with."""
+
+    error: str
+    exit_code: int
+
+    @classmethod
+    def of(cls, cause: HkftError) -> Failure:
+        return cls(str(cause), cause.exit_code)
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Rows in the order in which the runs were given.
 
@@ -90,7 +102,7 @@ class Comparison:
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
-    failed: Mapping[str, str]  # cell -> its error
+    failed: Mapping[str, Failure]  # by cell
     curves: tuple[Mapping[str, Any], ...]  # a run each: label, seed, run, points
 
     def as_dict(self) -> dict[str, Any]:
@@ -99,12 +111,12 @@ class Comparison:
 
 
 def compare(
-    folders: Sequence[str | Path], baseline: str | None = None, *, failed: Mapping[str, str] | None = None
+    folders: Sequence[str | Path], baseline: str | None = None, *, failed: Mapping[str, Failure] | None = None
 ) -> Comparison:
     """Compare the finished runs among `folders`.
 
     baseline: a row's label, or a method that has one row; None takes `none` if it is there, else the first row. failed:
-    cell -> error, of cells that have no finished run. Raises UsageError where a folder holds no run, where none is
+    those of a grid's cells that have no finished run. Raises UsageError where a folder holds no run, where none is
     finished, where their tasks differ, and for a baseline that is no row.
     """
     runs, left_out = finished(folders)

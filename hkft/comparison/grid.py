@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ Status = Literal["finished", "skipped", "failed"]
 
 
 class Train(Protocol):
-    """`hkft.training.run.train`, or what stands in for it in a test."""
+    """What runs a cell: `hkft.api.train`, or what stands in for it in a test."""
 
-    def __call__(self, recipe: Recipe, output: Path, *, resume: bool, tell: Listener) -> Any: ...
+    def __call__(self, recipe: Recipe, *, output: Path, resume: bool, tell: Listener) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -97,17 +98,13 @@ def cells(
     return grid
 
 
-def run(grid: Sequence[Cell], output: Path, tell: Listener = silent, train: Train | None = None) -> list[Outcome]:
+def run(grid: Sequence[Cell], output: Path, train: Train, tell: Listener = silent) -> list[Outcome]:
     """Run what is not done yet, each cell in its own folder under `output`.
 
     A finished run of the same recipe is skipped; an unfinished one goes on from its last checkpoint, or begins anew
     where it has none. A cell that raises HkftError is recorded, and the rest goes on. KeyboardInterrupt ends the grid:
     the same call resumes it.
     """
-    if train is None:
-        from hkft.training.run import train as train_run
-
-        train = train_run
     places = [cell.folder(output) for cell in grid]
     done = sum(_finished(cell, folder) for cell, folder in zip(grid, places, strict=True))
     if done:
@@ -123,6 +120,26 @@ def run(grid: Sequence[Cell], output: Path, tell: Listener = silent, train: Trai
     return outcomes
 
 
+def read_rates(text: str | None) -> list[float] | None:
+    """`0.1,0.2` as numbers. Raises UsageError for what is none."""
+    if text is None:
+        return None
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise UsageError("not a list of rates", where="--rates", found=repr(text), allowed="0.1,0.2")
+    return found
+
+
+def nothing_finished(outcomes: Sequence[Outcome]) -> HkftError:
+    """The errors of the cells, each once, in an error of the first one's kind."""
+    causes = [outcome.cause for outcome in outcomes if outcome.cause]
+    problems = {str(problem): problem for cause in causes for problem in cause.problems}
+    return type(causes[0])(problems=list(problems.values()))
+
+
 def default_output(recipe: Recipe) -> Path:
     return Path("runs") / f"compare-{recipe.name}"
 
@@ -132,7 +149,7 @@ def _attempt(cell: Cell, folder: RunFolder, tell: Listener, train: Train) -> Out
     if not resume:
         _clear(folder)
     try:
-        train(cell.recipe, folder.path, resume=resume, tell=tell)
+        train(cell.recipe, output=folder.path, resume=resume, tell=tell)
     except HkftError as error:
         tell(Notice(f"{cell.title} failed: {error}", "warning"))
         told = type(error)(problems=error.problems)  # without its traceback, which holds the cell's model

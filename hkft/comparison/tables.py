@@ -170,7 +170,7 @@ def counted(verdicts: Mapping[str, int]) -> str:
 
 def warned(comparison: Comparison) -> list[str]:
     """The cells that failed, each with the first line of its error, and the comparison's warnings."""
-    failures = [f"{cell} failed: {error.splitlines()[0]}" for cell, error in comparison.failed.items()]
+    failures = [f"{cell} failed: {failure.error.splitlines()[0]}" for cell, failure in comparison.failed.items()]
     return [*failures, *comparison.warnings]
 
 

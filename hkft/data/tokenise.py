@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,11 +43,12 @@ def tokenise(
     ensure_padding(tokenizer, tell)
     paired = "text_pair" in rows.column_names
     longest = _longest(tokenizer, max_length, paired, tell)
+    used = copy.deepcopy(tokenizer)  # a truncation stays in the tokenizer that made it, and would be saved with it
     cut = done = 0
 
     def encode(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
         nonlocal cut, done
-        encoded, over = _encode(tokenizer, batch["text"], batch["text_pair"] if paired else None, longest)
+        encoded, over = _encode(used, batch["text"], batch["text_pair"] if paired else None, longest)
         cut += over
         done += len(batch["id"])
         tell(Stage(f"tokenising {name}", done, len(rows)))

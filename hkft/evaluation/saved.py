@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hkft.data import splits, tokenise
 from hkft.data.rows import rows as read_rows
@@ -86,16 +87,7 @@ def load_saved(
     tokenizer = build.tokenizer(read)
     tokenise.ensure_padding(tokenizer, silent)
     base = build.base(read, labels, build.padding_id(tokenizer))
-    try:
-        model = PeftModel.from_pretrained(base, str(adapter))
-    except (RuntimeError, ValueError, OSError, json.JSONDecodeError) as error:
-        raise SetupError(
-            "the adapter does not fit the base model",
-            where=str(adapter),
-            found=str(error).strip().splitlines()[0],
-            hint="was it trained on another model, or with another number of labels?",
-        ) from error
-    model.eval()
+    model = _adapted(base, adapter).eval()
     return Saved(model, tokenizer, read, labels, folder, adapter)
 
 
@@ -139,6 +131,23 @@ def keep(saved: Saved, split: str, predictions: Predictions) -> str | None:
     target = saved.folder.predictions("test" if split == "test" else Path(split.partition("#")[0]).stem)
     write_jsonl(target, predictions.records(saved.labels))
     return str(target)
+
+
+def _adapted(base: PreTrainedModel, adapter: Path) -> PeftModel:
+    """The base model with the adapter's weights, every one of them. Raises SetupError where they do not fit."""
+    try:
+        with warnings.catch_warnings():
+            # PEFT leaves what it does not find at its first value, which is no adapter at all
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(base, str(adapter))
+    except (RuntimeError, ValueError, OSError, KeyError, SafetensorError, UserWarning) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).strip().splitlines()[0]
+        raise SetupError(
+            "the adapter does not fit the base model",
+            where=str(adapter),
+            found=reason,
+            hint="was it trained on another model, or with another number of labels?",
+        ) from error
 
 
 def _fingerprint(folder: RunFolder, split: str) -> str | None:

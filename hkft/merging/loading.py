@@ -6,7 +6,6 @@ nothing in eval mode, so the configuration that is written is the base's own.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,7 +71,6 @@ class Adapted:
     task_type: str  # PEFT's
     opens: Any  # transformers' Auto class that opens what is written
     tokenizer: PreTrainedTokenizerBase | None
-    fresh: PreTrainedTokenizerBase | None  # never used, so without the truncation that use leaves in a fast tokenizer
     dtype: str  # of the base model's files
     saved: Saved | None
 
@@ -135,7 +133,6 @@ def _of_recipe(origin: Origin, tell: Listener) -> Adapted:
         task_type="SEQ_CLS",
         opens=AutoModelForSequenceClassification,
         tokenizer=saved.tokenizer,
-        fresh=copy.deepcopy(saved.tokenizer),
         dtype=_stored_dtype(origin),
         saved=saved,
     )
@@ -174,7 +171,7 @@ def _alone(origin: Origin, tell: Listener) -> Adapted:
     if task_type == "SEQ_CLS" and settings.get_text_config().pad_token_id is None and tokenizer:
         settings.pad_token_id = tokenizer.pad_token_id
     opens = AUTO[task_type]._target_class
-    return Adapted(model, task_type, opens, tokenizer, copy.deepcopy(tokenizer), dtype, None)
+    return Adapted(model, task_type, opens, tokenizer, dtype, None)
 
 
 def _run_around(adapter: Path) -> RunFolder | None:

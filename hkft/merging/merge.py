@@ -116,8 +116,8 @@ def _write(origin: loading.Origin, folder: Path, dtype: str | None, wanted: bool
     tell(Stage("writing"))
     try:
         write_model(model, folder)
-        if adapted.fresh is not None:
-            adapted.fresh.save_pretrained(str(folder))
+        if adapted.tokenizer is not None:
+            adapted.tokenizer.save_pretrained(str(folder))
     except (OSError, SafetensorError) as error:
         raise SetupError(
             "the merged model could not be written",

@@ -39,6 +39,12 @@ def device_name(place: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)" if place.type == "cpu" else str(place)
 
 
+def forget_peak(place: torch.device) -> None:
+    """Begin `peak_memory` anew, where it can be: what an earlier run of this process held is none of the next one's."""
+    if place.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(place)
+
+
 def peak_memory(place: torch.device) -> int:
     """Bytes: the most that torch's allocator held on a GPU, the largest resident size of the process on a CPU."""
     if place.type == "cuda":

@@ -237,6 +237,7 @@ def _fit(begun: Begun) -> None:
     facts = {"trainable_parameters": trainable, "total_parameters": total}
     write_json(folder.summary, _summary(recipe, watcher, trainer, "running", facts))
     status = "failed"
+    environment.forget_peak(trainer.args.device)
     try:
         with out_of_memory_explained(recipe), looks.StopOnSignal(watcher):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -1,10 +1,9 @@
-"""`report.html`: what a run did, in one file that needs nothing else."""
+"""`report.html` of a run: what it did."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from markupsafe import Markup
 
 from hkft.diagnostics.gap import LOWER_IS_BETTER, main_metric
 from hkft.events import Notice
-from hkft.folder import write_text
 from hkft.view import words
+from hkft.view.page import write_page
 from hkft.view.scale import Points
 from hkft.view.svg import Line, line_chart
 
@@ -35,29 +34,23 @@ def write_report(
     """Write the report to `path`, whole or not at all.
 
     curve, train_records: the "eval" and the "train" records of `metrics.jsonl`. environment: any nesting of mappings.
-    All text is escaped: what a recipe or a data set holds is shown, never run.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    jinja = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = jinja.from_string(files("hkft.view").joinpath("report.html.j2").read_text(encoding="utf-8"))
     metric = main_metric(summary["task"])
-    write_text(
+    write_page(
         path,
-        template.render(
-            summary=summary,
-            verdict=summary.get("verdict"),
-            figures=words.figures(summary),
-            charts=_charts(summary, curve, metric),
-            objective=_objective(train_records),
-            columns=["step", "epoch", *(f"{name} {side}" for name in ("loss", metric) for side in _SIDES.values())],
-            rows=[_row(record, metric, summary.get("best_step")) for record in curve],
-            site_columns=words.SITE_COLUMNS,
-            site_rows=words.site_rows(sites),
-            recipe_yaml=recipe_yaml,
-            environment=_flat(environment),
-            notices=notices,
-        ),
+        "run.html.j2",
+        summary=summary,
+        verdict=summary.get("verdict"),
+        figures=words.figures(summary),
+        charts=_charts(summary, curve, metric),
+        objective=_objective(train_records),
+        columns=["step", "epoch", *(f"{name} {side}" for name in ("loss", metric) for side in _SIDES.values())],
+        rows=[_row(record, metric, summary.get("best_step")) for record in curve],
+        site_columns=words.SITE_COLUMNS,
+        site_rows=words.site_rows(sites),
+        recipe_yaml=recipe_yaml,
+        environment=_flat(environment),
+        notices=notices,
     )
 
 

@@ -75,8 +75,8 @@ def _right(count: int, rows: Rows) -> list[bool]:
 def _is_number(cell: Any) -> bool:
     if cell is None or (isinstance(cell, int | float) and not isinstance(cell, bool)):
         return True
-    digits = str(cell).replace(",", "").rstrip("%x ")
-    return digits == "-" or digits.lstrip("+-").replace(".", "", 1).isdigit()
+    parts = str(cell).replace(",", "").rstrip("%x ").split(" ± ")
+    return parts == ["-"] or all(part.lstrip("+-").replace(".", "", 1).isdigit() for part in parts)
 
 
 def _text(cell: Any) -> str:

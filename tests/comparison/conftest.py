@@ -82,7 +82,7 @@ class _Stub:
         self.errors = errors
         self.calls: list[tuple[str, bool]] = []
 
-    def __call__(self, recipe, output, *, resume, tell):
+    def __call__(self, recipe, *, output, resume, tell):
         self.calls.append((Path(output).name, resume))
         error = self.errors.get(f"{recipe.method.name.replace('-', '_')}{recipe.seed}")
         if error:

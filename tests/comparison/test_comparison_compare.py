@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hkft.comparison import command
+from hkft import api
 from hkft.comparison.compare import compare
 from hkft.errors import UsageError
 from hkft.folder import RunFolder, write_json
@@ -227,10 +227,10 @@ def test_runs_told_by_different_metrics_meet_at_the_tasks_own(folder_of):
 def test_tables_of_runs_that_exist_are_written_only_where_a_folder_is_named(folder_of, tmp_path):
     folders = [folder_of("none", 1), folder_of("dropkey", 1)]
     before = sorted(tmp_path.rglob("*"))
-    command.of_runs(folders)
+    api.compare_runs(folders)
     assert sorted(tmp_path.rglob("*")) == before
-    command.of_runs(folders, tmp_path / "out")
-    assert len(list((tmp_path / "out").iterdir())) == 4
+    api.compare_runs(folders, output=tmp_path / "out")
+    assert len(list((tmp_path / "out").iterdir())) == 5
 
 
 def test_a_long_value_is_shortened_in_the_label_only(folder_of):

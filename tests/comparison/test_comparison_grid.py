@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from hkft.comparison import command, grid
+from hkft import api
+from hkft.comparison import grid
+from hkft.comparison.compare import Failure
 from hkft.errors import DataError, DivergedError, HkftError, MethodError, UsageError
 from hkft.events import Notice, Stage
 from hkft.folder import RunFolder, read_json, write_json, write_text
@@ -68,7 +70,7 @@ def test_an_empty_grid_is_refused(recipe, methods, seeds, rates, flag):
 
 def test_a_grid_runs_every_cell_once_and_says_where_it_is(stub, recipe, tmp_path):
     cells, train, told = grid.cells(recipe, ["none", "dropkey"], 2), stub(), []
-    outcomes = grid.run(cells, tmp_path / "g", told.append, train)
+    outcomes = grid.run(cells, tmp_path / "g", train, told.append)
     assert train.calls == [(cell.name, False) for cell in cells]
     assert [outcome.status for outcome in outcomes] == ["finished"] * 4
     assert [outcome.folder for outcome in outcomes] == [tmp_path / "g" / cell.name for cell in cells]
@@ -76,7 +78,7 @@ def test_a_grid_runs_every_cell_once_and_says_where_it_is(stub, recipe, tmp_path
 
     again, told = stub(), []
     more = grid.cells(recipe, ["none", "dropkey"], 3)
-    outcomes = grid.run(more, tmp_path / "g", told.append, again)
+    outcomes = grid.run(more, tmp_path / "g", again, told.append)
     assert again.calls == [(cell.name, False) for cell in more[4:]]
     assert [outcome.status for outcome in outcomes] == ["skipped"] * 4 + ["finished"] * 2
     assert told[0] == Notice("4 of 6 cells are done already")
@@ -121,7 +123,7 @@ def test_an_unfinished_cell_without_one_begins_anew(recipe, tmp_path):
     (cell,) = grid.cells(recipe, ["none"], 1)
     run = unfinished(tmp_path, cell, checkpoint=False)
     seen = []
-    grid.run([cell], tmp_path, train=lambda recipe, output, **how: seen.append((output.exists(), how["resume"])))
+    grid.run([cell], tmp_path, train=lambda recipe, *, output, **how: seen.append((output.exists(), how["resume"])))
     assert seen == [(False, False)]
     assert not run.exists
 
@@ -136,7 +138,7 @@ def test_a_folder_that_is_no_run_is_left_for_training_to_refuse(stub, recipe, tm
 def test_a_failed_cell_is_recorded_and_the_rest_goes_on(stub, recipe, tmp_path):
     train = stub(dropkey1=DivergedError("the loss is nan at step 3", hint="lower train.learning_rate"))
     told = []
-    outcomes = grid.run(grid.cells(recipe, ["none", "dropkey"], 2), tmp_path, told.append, train)
+    outcomes = grid.run(grid.cells(recipe, ["none", "dropkey"], 2), tmp_path, train, told.append)
     assert [outcome.status for outcome in outcomes] == ["finished", "failed", "finished", "finished"]
     message = "the loss is nan at step 3\n  hint: lower train.learning_rate"
     assert outcomes[1].error == message
@@ -153,17 +155,19 @@ def test_an_interrupt_and_a_fault_of_ours_end_the_grid(stub, recipe, tmp_path, s
     assert len(train.calls) == 3
 
 
-def test_the_command_runs_compares_and_writes(stub, recipe, tmp_path):
+def test_a_grid_is_run_compared_and_written(stub, recipe, tmp_path):
     train = stub(dropkey2=DivergedError("nan"))
-    found = command.run_grid(
-        recipe.path, ["lora.r=2"], ["none", " dropkey"], 2, None, tmp_path / "g", train=train
-    )  # fmt: skip
+    found, folder = api.compare(
+        recipe.path, ["none", "dropkey"], 2, overrides=["lora.r=2"], output=tmp_path / "g", train=train
+    )
+    assert folder == tmp_path / "g"
     assert [row.label for row in found.rows] == ["none", "dropkey"]
     assert [row.seeds for row in found.rows] == [(1, 2), (1,)]
-    assert found.failed == {"dropkey, seed 2": "nan"}
+    assert found.failed == {"dropkey, seed 2": Failure("nan", 6)}
     assert found.warnings == ("dropkey and none are paired over 1 seed: only none has seed 2",)
     written = sorted(path.name for path in (tmp_path / "g").glob("comparison.*"))
     assert written == ["comparison.csv", "comparison.json", "comparison.md", "comparison.tex"]
+    assert (tmp_path / "g" / "report.html").exists()
     assert read_json(tmp_path / "g" / "comparison.json") == found.as_dict()
     assert "- dropkey, seed 2 failed: nan\n" in (tmp_path / "g" / "comparison.md").read_text()
 
@@ -171,16 +175,16 @@ def test_the_command_runs_compares_and_writes(stub, recipe, tmp_path):
 def test_a_grid_of_which_nothing_is_left_raises_what_its_cells_raised(stub, recipe, tmp_path):
     error = DataError("the file is empty", where="rows.csv")
     with pytest.raises(HkftError) as raised:
-        command.run_grid(recipe.path, [], ["none"], 2, None, tmp_path / "g", train=stub(none1=error, none2=error))
+        api.compare(recipe.path, ["none"], 2, output=tmp_path / "g", train=stub(none1=error, none2=error))
     assert type(raised.value) is DataError
     assert str(raised.value) == "rows.csv: the file is empty"
     assert not (tmp_path / "g" / "comparison.json").exists()
 
 
 @pytest.mark.parametrize("text", ["0.1,x", "", "nan", "0.1,,0.2"])
-def test_rates_that_are_no_numbers(recipe, tmp_path, text):
+def test_rates_that_are_no_numbers(text):
     with pytest.raises(UsageError) as error:
-        command.run_grid(recipe.path, [], ["none"], 1, text, tmp_path)
+        grid.read_rates(text)
     assert str(error.value) == f"--rates: not a list of rates\n  found: {text!r}\n  allowed: 0.1,0.2"
 
 

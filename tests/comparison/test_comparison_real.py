@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hkft.comparison import command
+import hkft
 from hkft.folder import RunFolder, read_json
 
 WORDS = ["good", "fine", "bright", "warm", "bad", "poor", "dull", "cold", "film", "plot", "cast", "song"]
@@ -49,7 +49,10 @@ diagnostics: {{evals_per_epoch: 1}}
 
 def test_a_real_grid_is_paired_finishes_and_does_not_run_twice(recipe, tmp_path):
     def run():
-        return command.run_grid(recipe, ["train.logging_steps=1"], ["none", "dropkey"], 2, None, tmp_path / "grid")
+        found, _ = hkft.compare(
+            recipe, ["none", "dropkey"], 2, overrides=["train.logging_steps=1"], output=tmp_path / "grid"
+        )
+        return found
 
     found = run()
     assert [(row.label, row.seeds) for row in found.rows] == [("none", (1, 2)), ("dropkey", (1, 2))]
@@ -67,6 +70,7 @@ def test_a_real_grid_is_paired_finishes_and_does_not_run_twice(recipe, tmp_path)
     score = found.rows[1].scores["final_loss"]
     for seed, run_folder in zip((1, 2), dropkey, strict=True):
         assert score.values[seed] == read_json(run_folder.summary)["final"]["validation"]["loss"]
+    assert all(run.report.exists() and run.card.exists() for run in (*none, *dropkey))
     assert len(found.curves) == 4
     assert found.curves[0]["points"][-1]["step"] == read_json(none[0].summary)["steps"]
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from hkft.comparison import tables
-from hkft.comparison.compare import Comparison, compare
+from hkft.comparison.compare import Comparison, Failure, compare
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def comparison(recipe, write_run, tmp_path) -> Comparison:
             name = "overfitting" if method == "none" and seed > 1 else "healthy"
             more = {"verdict": {"name": name}, "train_runtime_s": 10.0 if method == "none" else 10.8}
             folders.append(write_run(tmp_path / f"{method}-{seed}", cell, accuracy, loss, gap, **more))
-    return compare(folders, failed={"dropkey, seed 1": "the loss is nan\n  hint: lower it"})
+    return compare(folders, failed={"dropkey, seed 1": Failure("the loss is nan\n  hint: lower it", 6)})
 
 
 MARKDOWN = """\

@@ -171,6 +171,11 @@ def test_a_finished_run_is_never_overwritten(finished, recipe_file):
     assert finished.summary.read_bytes() == before
 
 
+def test_the_tokenizer_is_kept_as_it_came(recipe_file, tiny_bert, tmp_path):
+    folder = run.train(load(recipe_file, ["data.max_length=8"]), tmp_path / "run")  # cuts many rows
+    assert (folder.adapter / "tokenizer.json").read_bytes() == (tiny_bert / "tokenizer.json").read_bytes()
+
+
 def test_a_folder_with_other_things_in_it_is_left_alone(recipe_file, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
