@@ -75,14 +75,21 @@ def base(recipe: Recipe, labels: Sequence[str] | None, pad_token_id: int | None 
             config.pad_token_id = pad_token_id
         for key, value in head.items():
             setattr(config, key, value)
-        quantised = _quantisation(recipe.model.quantization, place)
+        quantised = _quantisation(recipe.model.quantization, place, config)
         torch.manual_seed(recipe.seed)  # the head's initial weights
         model = AutoModelForSequenceClassification.from_pretrained(
             source, config=config, revision=recipe.model.revision, dtype="auto" if quantised else None, **quantised
         )
     except (OSError, ValueError, KeyError) as error:
         raise _missing(recipe.model.name, error) from error
-    return model if quantised else model.to(place)
+    if not quantised:
+        return model.to(place)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes packs a 4-bit weight anew at its first forward pass in eval mode, for a CPU kernel that has no
+            # gradient, and does not unpack it for training: a look at the probe would end learning
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def set_native_dropout(config: PreTrainedConfig, rate: float | str) -> None:
@@ -142,13 +149,19 @@ def parameters(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
 
 
-def _quantisation(kind: str, place: torch.device) -> dict[str, Any]:
-    """Arguments of from_pretrained for a quantised base; bitsandbytes is imported here and nowhere else."""
+def _quantisation(kind: str, place: torch.device, config: PreTrainedConfig) -> dict[str, Any]:
+    """Arguments of from_pretrained for a quantised base, whose head is trained and so stays as it is.
+
+    bitsandbytes is imported here and nowhere else.
+    """
     if kind == "none":
         return {}
     from transformers import BitsAndBytesConfig
 
     compute = torch.bfloat16 if place.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    with torch.device("meta"):
+        skeleton = AutoModelForSequenceClassification.from_config(config)
+    heads = [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
     settings = {
         "8bit": {"load_in_8bit": True},
         "4bit": {
@@ -159,7 +172,10 @@ def _quantisation(kind: str, place: torch.device) -> dict[str, Any]:
         },
     }
     try:
-        return {"quantization_config": BitsAndBytesConfig(**settings[kind]), "device_map": {"": place}}
+        return {
+            "quantization_config": BitsAndBytesConfig(llm_int8_skip_modules=heads, **settings[kind]),
+            "device_map": {"": place},
+        }
     except ImportError as error:
         raise SetupError(
             f"{kind} needs bitsandbytes", where="model.quantization", hint="pip install bitsandbytes"
