@@ -125,8 +125,7 @@ def _missing(reference: str, meanings: Sequence[Candidate], reachable: bool) -> 
         + ("is not asked: HF_HUB_OFFLINE is set" if offline else "cannot be reached"),
         where=reference,
         found=f"tried {tried}",
-        hint=("unset HF_HUB_OFFLINE" if offline else "try again with a network")
-        + ", or name a local file: csv, tsv, json, jsonl, parquet",
+        hint="unset HF_HUB_OFFLINE" if offline else "try again with a network",
     )
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import datasets
 import numpy as np
 
 from hkft.data.holdout import draw, hold_out
 from hkft.data.rows import DataRecipe, Rows, canonical, cells_of, rows
-from hkft.errors import DataError, UsageError
+from hkft.errors import DataError, SetupError, UsageError
 from hkft.events import Listener, Notice
 
 __all__ = ["Splits", "fingerprint", "load", "rows"]
@@ -58,15 +58,15 @@ def load(
     taken: dict[str, datasets.Dataset] = {}
     of_train = "train" in splits or (fraction is not None and "validation" in splits)
     if of_train or (known is None and recipe.task != "regression"):
-        train = canonical(data.train, recipe, known, tell)
+        train = _read("train", recipe, known, tell)
         known = train.labels
         taken["train"], held = (train.rows, None) if fraction is None else _part(train, fraction, recipe)
         if held is not None:
             taken["validation"] = held
     if fraction is None and "validation" in splits:
-        taken["validation"] = canonical(str(data.validation), recipe, known, tell).rows
+        taken["validation"] = _read("validation", recipe, known, tell).rows
     if "test" in splits:
-        taken["test"] = canonical(str(data.test), recipe, known, tell).rows
+        taken["test"] = _read("test", recipe, known, tell).rows
     limits = {"train": data.train_rows, "validation": data.validation_rows}
     final = {name: _limited(taken[name], limits.get(name), recipe.seed, name, tell) for name in NAMES if name in splits}
     repeated = _duplicates(final["train"], final["validation"], tell) if {"train", "validation"} <= set(splits) else 0
@@ -87,6 +87,21 @@ def fingerprint(split: datasets.Dataset) -> str:
     for row in zip(*(cells_of(split, name) for name in names), strict=True):
         digest.update(json.dumps(dict(zip(names, row, strict=True))).encode() + b"\n")
     return digest.hexdigest()
+
+
+def _read(name: str, recipe: DataRecipe, labels: tuple[str, ...] | None, tell: Listener) -> Rows:
+    """The rows of a split with a source of its own. What cannot be had is told with the key that asks for it."""
+    reference = str(getattr(recipe.data, name))
+    try:
+        return canonical(reference, recipe, labels, tell)
+    except SetupError as error:
+        (problem,) = error.problems
+        instead = f"--set data.{name}=FILE names a local one"
+        if name == "validation":
+            instead += ", --set data.validation=0.1 a part of train"
+        hint = f"{problem.hint}, or {instead}" if problem.hint else instead
+        told = replace(problem, where=f"data.{name}: {problem.where}", hint=hint)
+        raise SetupError(problems=[told]) from error
 
 
 def _fraction(value: float) -> float:

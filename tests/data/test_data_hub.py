@@ -120,7 +120,7 @@ def test_what_is_not_there_is_one_message(home):
     assert miss["error"] == (
         "hub:no/where#train: the dataset is not on this machine, and the hub is not asked: HF_HUB_OFFLINE is set\n"
         "  found: tried no/where, no (config where)\n"
-        "  hint: unset HF_HUB_OFFLINE, or name a local file: csv, tsv, json, jsonl, parquet"
+        "  hint: unset HF_HUB_OFFLINE"
     )
     assert miss["code"] == 4
     assert config["error"].startswith("hub:glue/sts2#train: the dataset cannot be read\n  found: ")

@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from hkft.data.splits import fingerprint, load, rows
-from hkft.errors import DataError, UsageError
+from hkft.errors import DataError, SetupError, UsageError
 
 
 def csv(pairs) -> str:
@@ -300,3 +300,16 @@ def test_generation_is_refused_at_the_door(recipe, tell):
     with pytest.raises(UsageError, match="task: generation is not built yet"):
         load(recipe(task="generation", train="nothing is read"), tell)
     assert tell == []
+
+
+@pytest.mark.parametrize(
+    ("name", "more"), [("validation", ", --set data.validation=0.1 a part of train"), ("test", "")]
+)
+def test_a_source_that_cannot_be_had_is_told_with_its_key(write, recipe, tell, name, more):
+    settings = {"train": write("t.csv", many(8)), "validation": 0.25, name: "package:no_such_package/rows.csv"}
+    with pytest.raises(SetupError) as caught:
+        load(recipe(**settings), tell, ("train", name))
+    assert str(caught.value) == (
+        f"data.{name}: package:no_such_package/rows.csv: the Python package 'no_such_package' is not installed\n"
+        f"  hint: pip install no-such-package, or --set data.{name}=FILE names a local one{more}"
+    )
