@@ -84,7 +84,8 @@ def canonical(
     assert label is not None or not labelled, "the recipe room lets no such recipe through"
     source = read(reference, tell)
     texts = [data.text] if isinstance(data.text, str) else list(data.text)
-    check_columns(source, {*(data.filter or {}), *texts, *([label] if label else [])}, reference)
+    wanted = dict.fromkeys(data.filter or {}, "data.filter") | dict.fromkeys(texts, "data.text")
+    check_columns(source, wanted | ({label: "data.label"} if label else {}), reference)
     ids = _filtered(source, data.filter or {}, reference)
     chosen = source if len(ids) == len(source) else source.select(ids)
     columns: dict[str, list[Any]] = {"id": ids}
@@ -96,20 +97,20 @@ def canonical(
     return Rows(_complete(columns, recipe.task, reference, tell), names)
 
 
-def check_columns(source: datasets.Dataset, wanted: set[str], reference: str) -> None:
-    """Raise DataError with every column of `wanted` that the source lacks."""
+def check_columns(source: datasets.Dataset, wanted: Mapping[str, str], reference: str) -> None:
+    """Raise DataError with every column of `wanted` (column -> the key that names it) that the source lacks."""
     found = source.column_names
     single = found[0] if len(found) == 1 else ""
-    other = next((sign for sign in (";", "\t", "|", ",") if sign in single), None)
+    separator = next((sign for sign in (";", "\t", "|", ",") if sign in single), None)
+
+    def hint(name: str) -> str:
+        if separator:
+            return f"the columns seem to be separated by {separator!r}"
+        return nearest(name, found) or f"{wanted[name]} names it; the first line is read as the header"
+
     problems = [
-        Problem(
-            f"there is no column {name!r}",
-            where=reference,
-            found=", ".join(found),
-            hint=nearest(name, found)
-            or (f"the columns seem to be separated by {other!r}" if other else "the first line is read as the header"),
-        )
-        for name in sorted(wanted - set(found))
+        Problem(f"there is no column {name!r}", where=reference, found=", ".join(found), hint=hint(name))
+        for name in sorted(set(wanted) - set(found))
     ]
     if problems:
         raise DataError(problems=problems)

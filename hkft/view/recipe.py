@@ -26,10 +26,11 @@ def show_plan(plan: Mapping[str, Any]) -> None:
     """What `hkft check` found out."""
     rows, tokens, parameters = plan["rows"], plan["tokens"], plan["parameters"]
     memory = plan["memory_bytes_estimate"]
+    passes = "1 forward pass" if plan["passes_per_step"] == 1 else f"{plan['passes_per_step']} forward passes"
     table(
         ["plan", ""],
         [
-            ["method", f"{plan['method']}, {plan['passes_per_step']} forward pass(es) a step"],
+            ["method", f"{plan['method']}, {passes} a step"],
             [
                 "rows",
                 f"{rows['train']:,} to train on, {rows['validation']:,} to validate, {rows['train_probe']:,} probed",

@@ -171,7 +171,7 @@ def test_a_runs_own_labels_map_another_file(write, recipe, tell):
         (
             "classification",
             "so it goes,1\nand on,0\n",
-            "{path}: there is no column 'label'\n  found: so it goes, 1\n  hint: the first line is read as the header",
+            "{path}: there is no column 'label'\n  found: so it goes, 1\n  hint: data.label names it; the first line is read as the header",
         ),
     ],
 )
