@@ -77,7 +77,10 @@ def compare_runs(
 ) -> Comparison:
     """What `hkft compare RUN RUN` does. Tables and report are written where `output` names a folder for them."""
     from hkft.comparison.compare import compare
+    from hkft.folder import check_place
 
+    if output:
+        check_place(Path(output))
     comparison = compare(runs, baseline)
     if output:
         write_comparison(comparison, Path(output))

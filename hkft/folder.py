@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hkft.errors import UsageError
+from hkft.errors import DataError, UsageError
 from hkft.events import Event, Stage, as_record
 
 SCHEMA_VERSION = 1
@@ -130,7 +130,21 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """One of a run's files. Raises DataError where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        state = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
+        raise DataError(
+            f"a file of this run {state}", where=str(path), hint="the run cannot be used without it"
+        ) from error
+
+
+def check_place(path: Path) -> None:
+    """Raise UsageError where a file stands in the place of this folder, or of one above it."""
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise UsageError("there is a file in the output's place", where=str(nearest), hint="--output names a folder")
 
 
 def jsonable(value: Any) -> Any:

@@ -14,7 +14,7 @@ from hkft.errors import UsageError
 @reported
 def compare(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs that exist, instead of a recipe.")
+        list[Path] | None, typer.Argument(metavar="RUN", help="Runs that exist, instead of a recipe.")
     ] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="A recipe to run the grid on.")] = None,
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "none,hiddenkey-,hiddenkey",

@@ -10,6 +10,7 @@ import typer
 
 from hkft import __version__
 from hkft.cli import check, compare, doctor, evaluate, merge, methods, recipes, train
+from hkft.view.console import plain_is_asked
 
 app = typer.Typer(
     name="hkft",
@@ -17,6 +18,7 @@ app = typer.Typer(
     "the gap between training and validation honestly.",
     epilog="Start with: hkft train --recipe quickstart",
     no_args_is_help=True,
+    rich_markup_mode=None if plain_is_asked() or not sys.stdout.isatty() else "rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -10,6 +10,7 @@ import typer
 
 from hkft.cli.shared import Debug, Json, reported, show_json
 from hkft.errors import UsageError, nearest
+from hkft.folder import check_place
 
 
 @reported
@@ -33,6 +34,7 @@ def recipes(
             )
         found = {name: found[name]}
     if copy is not None:
+        check_place(copy)
         copy.mkdir(parents=True, exist_ok=True)
         taken = [str(copy / path.name) for path in found.values() if (copy / path.name).exists()]
         if taken:

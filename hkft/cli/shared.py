@@ -6,13 +6,15 @@ import functools
 import json as jsonlib
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Annotated, Any, ParamSpec
 
 import typer
 
-from hkft.errors import INTERRUPTED, HkftError
+from hkft.errors import INTERRUPTED, HkftError, SetupError
 from hkft.events import Listener, Stage
 
 Recipe = Annotated[
@@ -29,24 +31,31 @@ P = ParamSpec("P")
 
 
 def reported(command: Callable[P, None]) -> Callable[P, None]:
-    """Show an HkftError calmly and exit with its code; with --debug, let it show its traceback."""
+    """Show an error calmly and exit with its code; with --debug, after its traceback.
+
+    An OSError that names a file is the machine's or the user's fault, not hkft's: no space, no permission.
+    """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        debug = bool(kwargs.get("debug"))
         try:
             command(*args, **kwargs)
-        except HkftError as error:
-            if debug:
+        except (HkftError, OSError) as error:
+            if isinstance(error, OSError) and error.filename is None:
                 raise
+            told = error if isinstance(error, HkftError) else SetupError(str(error.strerror), where=str(error.filename))
+            if kwargs.get("debug"):
+                traceback.print_exc()
             if kwargs.get("json"):
-                problems = [{k: getattr(p, k) for k in p.__slots__} for p in error.problems]
-                show_json({"error": type(error).__name__, "exit_code": error.exit_code, "problems": problems})
+                problems = [asdict(problem) for problem in told.problems]
+                show_json({"error": type(told).__name__, "exit_code": told.exit_code, "problems": problems})
             from hkft.view.errors import show_error
 
-            show_error(error)
-            raise typer.Exit(error.exit_code) from None
+            show_error(told)
+            raise typer.Exit(told.exit_code) from None
         except KeyboardInterrupt:
+            if kwargs.get("json"):
+                show_json({"error": "KeyboardInterrupt", "exit_code": INTERRUPTED, "problems": []})
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
 

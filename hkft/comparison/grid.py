@@ -6,14 +6,14 @@ import gc
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from hkft.dropout.method import check_rate, find
 from hkft.errors import HkftError, MethodError, UsageError
 from hkft.events import Listener, Notice, Stage, silent
-from hkft.folder import RunFolder, read_json
+from hkft.folder import RunFolder, check_place, read_json
 from hkft.recipe import Recipe
 
 Status = Literal["finished", "skipped", "failed"]
@@ -105,6 +105,7 @@ def run(grid: Sequence[Cell], output: Path, train: Train, tell: Listener = silen
     where it has none. A cell that raises HkftError is recorded, and the rest goes on. KeyboardInterrupt ends the grid:
     the same call resumes it.
     """
+    check_place(output)
     places = [cell.folder(output) for cell in grid]
     done = sum(_finished(cell, folder) for cell, folder in zip(grid, places, strict=True))
     if done:
@@ -185,7 +186,7 @@ def _check(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], rates: 
             if name != recipe.method.name:
                 find(name)
         except MethodError as error:
-            problems += error.problems
+            problems += [replace(problem, where="--methods") for problem in error.problems]
     for rate in rates or ():
         try:
             check_rate(rate, "--rates")

@@ -13,6 +13,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from hkft.errors import UsageError
+from hkft.folder import check_place
 
 RECORD = "merge.json"  # what tells a folder of ours from any other
 
@@ -31,6 +32,7 @@ def check(target: Path, keep: Sequence[Path], force: bool) -> None:
                 found=str(folder),
                 hint="--output names a folder of its own",
             )
+    check_place(target.parent)
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not target.is_dir() or not (target / RECORD).exists():

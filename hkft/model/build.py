@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers import (
 )
 
 from hkft.data.sources import package_path
-from hkft.errors import RecipeError, SetupError, UsageError, nearest
+from hkft.errors import RecipeError, SetupError, nearest
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -182,12 +183,14 @@ def _quantisation(kind: str, place: torch.device, config: PreTrainedConfig) -> d
         ) from error
 
 
-def _missing(name: str, error: Exception) -> SetupError | UsageError:
+def _missing(name: str, error: Exception) -> SetupError:
+    """transformers takes a folder that is not there for a hub id, and says that it is none."""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    path = name.startswith((".", "/", "~")) and not Path(name).exists()
     return SetupError(
         f"the model {name!r} could not be loaded",
         where="model.name",
-        found=first,
+        found="there is no such folder" if path else first,
         allowed="a hub id, a local folder, or package:<python package>/<path inside it>",
         hint="offline, only models in the local hub cache or in a folder can be used",
     )

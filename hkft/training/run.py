@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,15 +20,15 @@ from hkft.data import probe, splits, tokenise
 from hkft.diagnostics.curve import from_records
 from hkft.diagnostics.gap import main_metric
 from hkft.diagnostics.verdict import verdict
-from hkft.dropout.attach import attach
 from hkft.dropout.method import Method
-from hkft.errors import HkftError, OutOfMemoryError, RecipeError, UsageError, nearest
+from hkft.errors import HkftError, OutOfMemoryError, RecipeError, SetupError, UsageError, nearest
 from hkft.evaluation.metrics import score
 from hkft.evaluation.predict import Predictions, predict
 from hkft.events import Evaluated, Event, Finished, Listener, Notice, Stage, Started, as_record, silent
 from hkft.folder import (
     SCHEMA_VERSION,
     RunFolder,
+    check_place,
     read_json,
     write_json,
     write_jsonl,
@@ -37,6 +38,8 @@ from hkft.model import build
 from hkft.recipe import Recipe
 from hkft.training import environment, looks
 from hkft.training.trainer import Trainer
+
+FEW = 20  # validation rows: the standard error of an accuracy is then 0.1 and more
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Begun:
 
     recipe: Recipe
     material: Material
-    model: PeftModel
+    trainer: Trainer
     folder: RunFolder
     tell: Listener
     resume: bool
@@ -99,9 +102,9 @@ def begin(recipe: Recipe, output: str | Path | None = None, *, resume: bool = Fa
     set_seed(recipe.seed)
     base = build.base(recipe, material.labels, build.padding_id(material.tokenizer))
     model = build.with_lora(base, recipe)
-    arguments(recipe, folder)
-    attach(model, recipe.method).detach()  # a method the model cannot carry is refused here
-    _open(folder, recipe, material, resume)
+    with _nothing_left(folder.path):
+        trainer = _trainer(recipe, material, model, folder, heard)
+        _open(folder, recipe, material, resume)
 
     def told(event: Event) -> None:
         folder.append(event)
@@ -110,7 +113,7 @@ def begin(recipe: Recipe, output: str | Path | None = None, *, resume: bool = Fa
     if not resume:
         for notice in notices:
             folder.append(notice)
-    return Begun(recipe, material, model, folder, told, resume)
+    return Begun(recipe, material, trainer, folder, told, resume)
 
 
 def train(
@@ -135,6 +138,10 @@ def prepare(recipe: Recipe, tell: Listener) -> Material:
     )
     examples["train_probe"] = examples["train"].select(chosen)
     wanted = min(recipe.diagnostics.probe_size or len(rows.validation), len(rows.validation))
+    if len(rows.validation) < FEW:
+        tell(
+            Notice(f"only {len(rows.validation)} validation rows: what is measured on them is mostly noise", "warning")
+        )
     if len(chosen) < wanted:
         tell(
             Notice(f"the training rows allow a probe of {len(chosen):,} rows with validation's labels, not {wanted:,}")
@@ -164,6 +171,7 @@ def arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
 
 
 def _check_free(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
+    check_place(folder.path)
     if resume:
         if not folder.exists:
             raise UsageError("there is no run to resume", where=str(folder.path), hint="leave out --resume")
@@ -215,24 +223,15 @@ def _open(folder: RunFolder, recipe: Recipe, material: Material, resume: bool) -
 
 
 def _fit(begun: Begun) -> None:
-    recipe, material, model, folder = begun.recipe, begun.material, begun.model, begun.folder
+    recipe, material, trainer, folder = begun.recipe, begun.material, begun.trainer, begun.folder
     tell, resume = begun.tell, begun.resume
-    settings = arguments(recipe, folder)
-    trainer = Trainer(
-        model=model,
-        args=settings,
-        train_dataset=material.examples["train"],
-        data_collator=tokenise.collator(material.tokenizer),
-        processing_class=material.tokenizer,
-        dropout=_method(recipe, tell),
-    )
-    watcher = _watcher(recipe, material, model, folder, trainer, tell)
+    watcher = _watcher(recipe, material, folder, trainer, tell)
     checkpoint = folder.last_checkpoint() if resume else None
     if resume:
         _take_up(folder, watcher, checkpoint)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watcher)
-    trainable, total = build.parameters(model)
+    trainable, total = build.parameters(_adapted(trainer))
     tell(_started(recipe, material, folder, trainer, watcher, trainable, total))
     facts = {"trainable_parameters": trainable, "total_parameters": total}
     write_json(folder.summary, _summary(recipe, watcher, trainer, "running", facts))
@@ -258,6 +257,44 @@ def _fit(begun: Begun) -> None:
         raise KeyboardInterrupt
 
 
+def _trainer(recipe: Recipe, material: Material, model: PeftModel, folder: RunFolder, tell: Listener) -> Trainer:
+    """Raises MethodError for a method that the model cannot carry, SetupError for a logger that is not installed."""
+    settings = arguments(recipe, folder)
+    if step_counts(len(material.examples["train"]), settings)[0] < 1:
+        raise RecipeError("there is no step to train", where="train.num_train_epochs", allowed="more than 0")
+    try:
+        with out_of_memory_explained(recipe):
+            return Trainer(
+                model=model,
+                args=settings,
+                train_dataset=material.examples["train"],
+                data_collator=tokenise.collator(material.tokenizer),
+                processing_class=material.tokenizer,
+                dropout=_method(recipe, tell),
+            )
+    except (RuntimeError, ImportError) as error:
+        raise SetupError(
+            "what the train section asks for is not here", where="train", found=str(error).strip().splitlines()[0]
+        ) from error
+
+
+@contextmanager
+def _nothing_left(path: Path) -> Iterator[None]:
+    """What cannot begin leaves no folder, where there was none."""
+    there = path.exists()
+    try:
+        yield
+    except BaseException:
+        if not there:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _adapted(trainer: Trainer) -> PeftModel:
+    assert isinstance(trainer.model, PeftModel)
+    return trainer.model
+
+
 def _method(recipe: Recipe, tell: Listener) -> Method:
     """The recipe's method; where its every rate is 0, without the second pass that would change nothing."""
     method = recipe.method
@@ -270,12 +307,11 @@ def _method(recipe: Recipe, tell: Listener) -> Method:
 def _watcher(
     recipe: Recipe,
     material: Material,
-    model: PeftModel,
     folder: RunFolder,
     trainer: Trainer,
     tell: Listener,
 ) -> looks.Looks:
-    settings = trainer.args
+    settings, model = trainer.args, _adapted(trainer)
     precision = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
     collate = tokenise.collator(material.tokenizer)
 

@@ -53,8 +53,8 @@ def test_every_unknown_method_and_rate_is_told_at_once(recipe):
         grid.cells(recipe, ["none", "dropkee", "hidenkey"], 1, [0.1, 1.5])
     known = "none, lora-dropout, dropkey, dropattention, hiddencut, hiddenkey-, hiddenkey"
     assert str(error.value) == (
-        f"method: there is no method 'dropkee'\n  allowed: {known}\n  hint: did you mean 'dropkey'?\n"
-        f"method: there is no method 'hidenkey'\n  allowed: {known}\n  hint: did you mean 'hiddenkey'?\n"
+        f"--methods: there is no method 'dropkee'\n  allowed: {known}\n  hint: did you mean 'dropkey'?\n"
+        f"--methods: there is no method 'hidenkey'\n  allowed: {known}\n  hint: did you mean 'hiddenkey'?\n"
         "--rates: a dropout rate is a probability\n  found: 1.5\n  allowed: 0 <= rate < 1"
     )
 
