@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import is_offline_mode
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from hkft.model.build import device, location
 
@@ -27,7 +28,7 @@ def describe(recipe: Recipe, fingerprints: Mapping[str, str]) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": device_name(device(recipe.model.device)),
         "threads": torch.get_num_threads(),
-        "model": {"name": recipe.model.name, "revision": recipe.model.revision or _commit(recipe)},
+        "model": {"name": recipe.model.name, "revision": _commit(recipe) or recipe.model.revision},
         "data": dict(fingerprints),
     }
 
@@ -85,8 +86,6 @@ def _version(package: str) -> str | None:
 
 
 def _commit(recipe: Recipe) -> str | None:
-    """The commit of a model that came from the hub."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(location(recipe.model.name))
-    return getattr(config, "_commit_hash", None)
+    """The commit of a model that came from the hub, where its configuration lies in the cache."""
+    path = cached_file(location(recipe.model.name), "config.json", revision=recipe.model.revision)
+    return extract_commit_hash(path, None)
