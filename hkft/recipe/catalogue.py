@@ -5,9 +5,11 @@ They live in the top-level `recipes/` of the checkout, and in `hkft/recipes/` of
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
-from hkft.errors import RecipeError, nearest
+from hkft.errors import RecipeError, UsageError, nearest
 from hkft.recipe.text import MAX_BYTES
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -20,6 +22,27 @@ def shipped() -> dict[str, Path]:
         folders.append(_PACKAGE.parent / "recipes")
     files = {path.stem: path for folder in folders for path in folder.glob("*.yaml")}
     return dict(sorted(files.items(), key=lambda item: (item[0] != "quickstart", item[0])))
+
+
+def choose(name: str | None) -> dict[str, Path]:
+    """The shipped recipe of this name, with or without `.yaml`, or all of them. Raises UsageError for an unknown one."""
+    found = shipped()
+    if name is None:
+        return found
+    name = name.removesuffix(".yaml")
+    if name not in found:
+        raise UsageError(f"there is no shipped recipe {name!r}", allowed=", ".join(found), hint=nearest(name, found))
+    return {name: found[name]}
+
+
+def copy(recipes: Iterable[Path], folder: Path) -> list[Path]:
+    """Copy recipes into a folder, to edit them. Raises UsageError, with nothing copied, where one is there already."""
+    targets = {path: folder / path.name for path in recipes}
+    taken = [str(target) for target in targets.values() if target.exists()]
+    if taken:
+        raise UsageError("a file of this name is there already", where=", ".join(taken))
+    folder.mkdir(parents=True, exist_ok=True)
+    return [Path(shutil.copy(path, target)) for path, target in targets.items()]
 
 
 def describe(path: Path) -> str:
