@@ -37,6 +37,7 @@ class Dropper:
     """One site in one layer: draws masks at its rate, and counts what it did."""
 
     site: Site
+    number: int  # of the site in its method
     layer: int | None
     rate: float
     seed: int | None = None
@@ -72,6 +73,11 @@ class HiddenHook:
 
     def __init__(self, dropper: Dropper) -> None:
         self.dropper = dropper
+        self.batch = 1
+
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the layer runs: its batch size, for a family (OPT) whose FFN sees the tokens of all rows as [B*L,D]."""
+        self.batch = len(args[0] if args else kwargs["hidden_states"])
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not module.training or not self.dropper.rate:
@@ -81,6 +87,8 @@ class HiddenHook:
         return self._drop(output)
 
     def _drop(self, x: Tensor) -> Tensor:
+        if x.dim() == 2:
+            return self._drop(x.unflatten(0, (self.batch, -1))).flatten(0, 1)
         site = self.dropper.site
         keep = self.dropper.draw(x.shape, x.shape[:-1], x.device)
         if site.pattern != "element":
@@ -101,7 +109,11 @@ class CountHook:
 
 
 class ProofHook:
-    """Forward hook on the model: after its first training pass, every site must have fired, or the method is a lie."""
+    """Forward hook on the model: after its first training pass, every site must have fired, or the method is a lie.
+
+    What may have changed since attaching is looked at again: LoRA put around an FFN output would add its update behind
+    the drop, and checkpointing would draw other masks from a seed when it replays.
+    """
 
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
@@ -110,14 +122,27 @@ class ProofHook:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.proven or not module.training:
             return
-        silent = [d for d in self.attachment.droppers if d.rate and not d.calls]
-        if silent and not getattr(self.attachment.family.model.config, "layerdrop", 0):
+        family, droppers = self.attachment.family, self.attachment.droppers
+        name, after = type(family.model).__name__, "attach() to the model that is trained, after PEFT has wrapped it"
+        silent = [d for d in droppers if d.rate and not d.calls]
+        if silent and not getattr(family.model.config, "layerdrop", 0):
             places = ", ".join(sorted({f"{d.site.position} of layer {d.layer}" for d in silent}))
-            raise MethodError(
-                f"{type(self.attachment.family.model).__name__} went through a training pass without firing {places}",
-                hint="attach() to the model that is trained, after PEFT has wrapped it",
-            )
+            raise MethodError(f"{name} went through a training pass without firing {places}", hint=after)
+        if any(d.site.position == "hidden" for d in droppers):
+            now = families.find(family.model).layers
+            wrapped = [
+                new.name for old, new in zip(family.layers, now, strict=True) if old.ffn_output is not new.ffn_output
+            ]
+            if wrapped:
+                raise MethodError(f"the FFN output of {name} was wrapped after attaching", where=wrapped[0], hint=after)
+        if any(d.seed is not None for d in droppers):
+            _refuse_checkpointing(family.model)
         self.proven = True
+
+
+def _refuse_checkpointing(model: nn.Module) -> None:
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise MethodError("gradient checkpointing replays torch's default generator only", hint="attach without a seed")
 
 
 class Attachment:
@@ -142,10 +167,10 @@ class Attachment:
 
         The measured rate is that of the masks as drawn, before `attention.protect` gives a row back its last key.
         """
-        return [self._report_of(site) for site in self.method.sites]
+        return [self._report_of(number, site) for number, site in enumerate(self.method.sites)]
 
-    def _report_of(self, site: Site) -> dict[str, Any]:
-        mine = [d for d in self.droppers if d.site == site]
+    def _report_of(self, number: int, site: Site) -> dict[str, Any]:
+        mine = [d for d in self.droppers if d.number == number]
         drawn = sum(d.drawn for d in mine)
         dropped = sum(int(d.dropped) for d in mine if d.dropped is not None)
         return {
@@ -166,7 +191,8 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         for dropouts, name in self._swapped:
-            dropouts[name] = nn.Identity()
+            if name in dropouts:  # its adapter may have been deleted since
+                dropouts[name] = nn.Identity()
         for layer in self.family.layers:
             layer.attention.__dict__.pop(_STATE, None)
         delattr(self.family.model, _ATTACHMENT)
@@ -209,13 +235,13 @@ def attach(model: nn.Module, method: str | Method, rate: float | None = None, *,
     family = families.find(model)
     if attached(family.model):
         raise MethodError(f"{type(family.model).__name__} already has a method", hint="detach() it first")
-    if seed is not None and any(getattr(module, "gradient_checkpointing", False) for module in family.model.modules()):
-        raise MethodError("gradient checkpointing replays torch's default generator only", hint="attach without a seed")
+    if seed is not None:
+        _refuse_checkpointing(family.model)
     attachment = Attachment(family, method, [])
     setattr(family.model, _ATTACHMENT, attachment)
     try:
         for number, site in enumerate(method.sites):
-            _place(attachment, site, None if seed is None else seed + 1000 * number)
+            _place(attachment, site, number, None if seed is None else seed + 1000 * number)
         if attachment.droppers:
             attachment._handles.append(model.register_forward_hook(ProofHook(attachment)))
         if any(site.position.startswith("attention_") for site in method.sites):
@@ -232,15 +258,21 @@ def attached(model: nn.Module) -> Attachment | None:
     return next((found for m in model.modules() if (found := m.__dict__.get(_ATTACHMENT)) is not None), None)
 
 
-def _place(attachment: Attachment, site: Site, seed: int | None) -> None:
+def _place(attachment: Attachment, site: Site, number: int, seed: int | None) -> None:
     """Put one site's droppers where they belong."""
     family = attachment.family
+    if site.position == "lora_input" and seed is not None:
+        raise MethodError(
+            "PEFT's dropout draws from torch's default generator: a seed cannot reach it",
+            where="lora_input",
+            hint="attach without a seed, after torch.manual_seed",
+        )
     if site.position == "input" and family.model.config.is_encoder_decoder:
         raise MethodError(
             "an encoder-decoder embeds its inputs in two places", where="input", hint="use another position"
         )
     if site.position not in PER_LAYER:
-        dropper = Dropper(site, None, site.rate_at(0, 1), seed)
+        dropper = Dropper(site, number, None, site.rate_at(0, 1), seed)
         place = family.model.get_input_embeddings() if site.position == "input" else family.layers[-1].block
         attachment.droppers.append(dropper)
         attachment._handles.append(place.register_forward_hook(HiddenHook(dropper)))
@@ -248,15 +280,18 @@ def _place(attachment: Attachment, site: Site, seed: int | None) -> None:
     chosen = family.chosen(cast("str | tuple[int, ...]", site.layers))
     for order, index in enumerate(chosen):
         layer = family.layers[index]
-        dropper = Dropper(site, index, site.rate_at(order, len(chosen)), None if seed is None else seed + index)
+        own = None if seed is None else seed + index
+        dropper = Dropper(site, number, index, site.rate_at(order, len(chosen)), own)
         if site.position == "hidden":
             if layer.ffn_output is None:
                 raise MethodError(
-                    f"{layer.name} is a mixture of experts: its FFN output is not the output of one linear map",
+                    f"the FFN output of {layer.name} is not certain to be that of one linear map: {layer.why}",
                     where="hidden",
                     hint="the attention positions work on this model",
                 )
-            attachment._handles.append(layer.ffn_output.register_forward_hook(HiddenHook(dropper)))
+            hook = HiddenHook(dropper)
+            attachment._handles.append(layer.ffn_output.register_forward_hook(hook))
+            attachment._handles.append(layer.block.register_forward_pre_hook(hook.see, with_kwargs=True))
         elif site.position == "lora_input":
             _place_lora(attachment, layer, dropper)
             continue
@@ -405,9 +440,9 @@ def _drop(
     site, (B, H, Q, K) = dropper.site, (*q.shape[:3], k.shape[2])
     keep = dropper.draw((B, H, Q, K), (B, H, K), q.device)
     keep = keep if site.pattern == "element" else keep.unsqueeze(2)
-    logits = site.position == "attention_logits"
+    logits = site.position == "attention_logits" or site.rescale == "normalised_with_gradient"  # the same to the letter
     rescued = None
-    if logits or site.rescale in ("normalised", "normalised_with_gradient"):
+    if logits or site.rescale == "normalised":
         keep, rescued = attention.protect(keep, attention.allowed(mask), causal)
     scale, softcap, native = kwargs.get("scaling"), kwargs.get("softcap"), float(kwargs.get("dropout") or 0.0)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -76,7 +76,7 @@ def dropkey(
     if keep.shape[-2] > 1 or (rescued is None and not causal):
         return sdpa(q, k, v, attn_mask=_and(mask, keep, causal, q.shape[-2]), dropout_p=dropout_p, scale=scale)
     ones = torch.ones_like(q[..., :1]) if rescued is None else (~rescued).to(q.dtype)
-    far = -(2.0**15) if q.dtype == torch.float16 else -1e9
+    far = -(2.0**15) if _computed_in(q) == torch.float16 else -1e9
     drop = torch.zeros_like(k[..., :1]).masked_fill(~keep.transpose(-1, -2), far)
     wide = q.shape[-1] + LANES
     q, k = torch.cat([q, ones], -1), torch.cat([k, drop], -1)
@@ -106,7 +106,8 @@ def dropattention(
     """Attention with dropped weights, w'_j = m_j w_j / sg(sum_i m_i w_i) (DropAttention), for column and span masks.
 
     One kernel call on the values [m * v ; m]: its last column is the kept mass Z = sum_i m_i w_i, and the result is
-    out / sg(Z). `rescale` as in `Site`; "normalised_with_gradient" is DropKey to the letter, and is computed as such.
+    out / sg(Z). `rescale` as in `Site`; "normalised_with_gradient" is DropKey to the letter, and is computed as such. So
+    is a row whose kept mass is too small to divide by: its value is the same (Eq. 13), its gradient DropKey's.
     """
     if rescale == "normalised_with_gradient":
         return dropkey(q, k, v, keep, mask=mask, causal=causal, scale=scale, rescued=rescued)
@@ -122,10 +123,10 @@ def dropattention(
         return out / (1 - rate)
     if rescale == "none":
         return out
-    out = out / mass.clamp_min(torch.finfo(mass.dtype).tiny)
-    if rescued is not None and rescued.any():
-        whole = sdpa(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
-        out = torch.where(rescued, whole, out)
+    poor = _too_small(mass)
+    out = out / mass.masked_fill(poor, 1.0)
+    if poor.any():
+        out = torch.where(poor, dropkey(q, k, v, keep, mask=mask, causal=causal, scale=scale, rescued=rescued), out)
     return out
 
 
@@ -144,27 +145,42 @@ def explicit(
     softcap: float | None = None,
     dropout_p: float = 0.0,
 ) -> Float[Tensor, "B H Q Dv"]:
-    """Either position, formula by formula, [B,H,Q,K] built in full. `rescale` None: the drop is on the logits (DropKey).
+    """Either position, formula by formula, [B,H,Q,K] built in full, in float32 or wider.
 
-    For element masks on the weights, soft-capped logits (Gemma 2), and native attention dropout beside DropAttention.
+    rescale: None for a drop on the logits (DropKey), which "normalised_with_gradient" is too. For element masks on the weights, soft-capped logits (Gemma 2), and native attention dropout beside DropAttention.
     """
-    logits = (q @ k.transpose(-1, -2)) * scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = (q @ k.transpose(-1, -2)).to(wide) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     kept = keep if rescued is None else keep | rescued
-    gone = torch.finfo(logits.dtype).min
+    gone = torch.finfo(wide).min
     may = allowed(_and(mask, torch.ones_like(keep), causal, q.shape[-2]))
     assert may is not None
     if mask is not None and mask.dtype != torch.bool:
-        logits = logits + mask.clamp_min(gone / 2)  # a position bias may live in the mask
-    logits = logits.masked_fill(~(may if rescale else may & kept), gone)
-    weights = torch.softmax(logits, -1, dtype=torch.float32).to(q.dtype)
-    if rescale:
-        weights = weights * kept
-        mass = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-        factor = {"normalised": 1 / mass.detach(), "normalised_with_gradient": 1 / mass, "inverse_keep": 1 / (1 - rate)}
-        weights = weights * factor.get(rescale, 1.0)
-    return dropout(weights, dropout_p) @ v
+        logits = logits + mask.to(wide).clamp_min(gone / 2)  # a position bias may live in the mask
+    weights = torch.softmax(logits.masked_fill(~may, gone), -1) * kept
+    mass = weights.sum(-1, keepdim=True).detach()
+    if rescale == "inverse_keep":
+        weights = weights / (1 - rate)
+    elif rescale != "none":
+        dropkeys = torch.softmax(logits.masked_fill(~(may & kept), gone), -1)
+        poor = _too_small(mass)
+        weights = (
+            torch.where(poor, dropkeys, weights / mass.masked_fill(poor, 1.0)) if rescale == "normalised" else dropkeys
+        )
+    return dropout(weights.to(v.dtype), dropout_p) @ v
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    """The dtype that a kernel sees: autocast's, where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _too_small(mass: Tensor) -> Bool[Tensor, "B H Q 1"]:
+    """Where a kept mass is nothing, or so little that weights as small have lost their digits."""
+    return mass < torch.finfo(mass.dtype).tiny ** 0.5
 
 
 def _first_key(may: Tensor | None, keys: int, device: torch.device) -> Bool[Tensor, "Bm 1 1 K"]:

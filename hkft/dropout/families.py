@@ -2,8 +2,8 @@
 
 - An attention module is one whose forward asks transformers' AttentionInterface for its function: only there can hkft act.
 - A layer is the element of a ModuleList that holds one attention module and one feed-forward network.
-- The FFN output is the last linear map of the layer that comes back to the hidden size, fed by another linear map of the
-  same layer outside the attention. PEFT's wrappers count as the linear maps they wrap.
+- The FFN output is the linear map outside all attention that comes back to the width which attention reads, and whose own
+  input another such map makes from that width. PEFT's wrappers count as the linear maps they wrap.
 
 What cannot be told apart this way (the FFN of a mixture of experts, attention sinks, attention outside the interface) is refused
 with the reason: a method that acts in the wrong place is worse than none.
@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from functools import cache
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hkft.errors import MethodError
+
+NOT_FFN = ("attn", "attention", "adapter")  # in a module's name: what is within is no part of the FFN
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Layer:
     name: str  # qualified name of the block, "encoder.layer.0"
     block: nn.Module
     attention: nn.Module
-    ffn_output: nn.Module | None  # None: a mixture of experts, whose output is not one linear map's
+    ffn_output: nn.Module | None  # None where it is not the output of one linear map, or cannot be told for certain
+    why: str | None  # ffn_output is None
     causal: bool
 
 
@@ -112,10 +115,13 @@ def _layer(model: PreTrainedModel, name: str, attention: nn.Module) -> Layer:
             continue
         block_name = ".".join(path[:depth])
         block = model.get_submodule(block_name)
-        experts, output = _has_experts(block), _ffn_output(block, attention)
-        if experts or output is not None:
+        experts, outputs = _has_experts(block), _ffn_outputs(model, block, attention)
+        if experts or outputs:
+            certain = not experts and len(outputs) == 1
+            output = next(iter(outputs.values())) if certain else None
+            why = "it is a mixture of experts" if experts else f"it may be any of {', '.join(outputs)}"
             causal = bool(getattr(attention, "is_causal", False))
-            return Layer(block_name, block, attention, None if experts else output, causal)
+            return Layer(block_name, block, attention, output, None if certain else why, causal)
     raise MethodError(
         f"no feed-forward network was found beside {name}", hint=f"{type(model).__name__} is not supported"
     )
@@ -125,26 +131,39 @@ def _has_experts(block: nn.Module) -> bool:
     return any(part in {"experts", "expert"} for name, _ in block.named_modules() for part in name.split("."))
 
 
-def _ffn_output(block: nn.Module, attention: nn.Module) -> nn.Module | None:
-    """The last linear map back to the hidden size that another linear map feeds; None where the block holds none."""
+def _ffn_outputs(model: PreTrainedModel, block: nn.Module, attention: nn.Module) -> dict[str, nn.Module]:
+    """By name, the linear maps back to the width that attention reads, fed by another linear map from it.
+
+    Where there are several (per-layer embeddings look like an FFN), those as wide inside as the configuration says.
+    """
+    width = next((sizes[0] for module in attention.modules() if (sizes := linear_sizes(module))), None)
     linear = list(_linear(block, attention))
-    for name, module, size_in, size_out in reversed(linear):
-        feeders = [out for other, _, _, out in linear if other != name]
-        if any(out in (size_in, 2 * size_in) for out in feeders) and any(into == size_out for _, _, into, _ in linear):
-            return module
-    return None
+    feeds = {out for _, _, into, out in linear if into == width}
+    found = [(name, module, into) for name, module, into, out in linear if out == width and {into, 2 * into} & feeds]
+    sizes = _intermediate_sizes(model)
+    as_told = [entry for entry in found if entry[2] in sizes]
+    return {name: module for name, module, _ in (as_told if len(found) > 1 and as_told else found)}
+
+
+def _intermediate_sizes(model: PreTrainedModel) -> set[int]:
+    """What the configuration, or one within it, gives as the inner width of the FFN."""
+    parts = [model.config, *(part for part in vars(model.config).values() if isinstance(part, PreTrainedConfig))]
+    names = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim", "n_inner", "d_ff")
+    sizes = (getattr(part, name, None) for part in parts for name in names)
+    return {size for size in sizes if isinstance(size, int)}
 
 
 def _linear(block: nn.Module, attention: nn.Module) -> Iterator[tuple[str, nn.Module, int, int]]:
-    """Outermost linear maps of the block outside its attention, in the order of their registration, with their sizes."""
+    """Outermost linear maps of the block outside all attention, in the order of their registration, with their sizes."""
     inside: list[str] = []
     for name, module in block.named_modules():
         if any(name.startswith(prefix + ".") for prefix in inside):
             continue
         sizes = linear_sizes(module)
-        if module is attention or sizes:
+        other = module is attention or any(part in name.rpartition(".")[2].lower() for part in NOT_FFN)
+        if other or sizes:
             inside.append(name)
-        if sizes and module is not attention:
+        if sizes and not other:
             yield name, module, *sizes
 
 

@@ -52,7 +52,7 @@ def check_rate(rate: float, where: str = "rate") -> None:
 
 def one_of(where: str, value: Any, choices: Any) -> None:
     """Raise MethodError unless `value` is one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise MethodError(
             f"there is no {where} {value!r}",
             where=where,
@@ -108,9 +108,15 @@ class Site:
         if isinstance(self.layers, str):
             one_of("layers", self.layers, ("auto", "all", "latter-half"))
         else:
-            layers = tuple(self.layers)
-            if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in layers):
-                raise MethodError("layers are whole numbers from 0", where="layers", found=repr(list(layers)))
+            layers = tuple(self.layers) if isinstance(self.layers, Sequence) else ()
+            whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in layers)
+            if not layers or not whole or len(set(layers)) < len(layers):
+                raise MethodError(
+                    "layers are different whole numbers from 0",
+                    where="layers",
+                    found=repr(list(layers) or self.layers),
+                    allowed="auto, all, latter-half, or a list such as [0, 1, 2]",
+                )
             object.__setattr__(self, "layers", layers)
 
     def rate_at(self, index: int, count: int) -> float:
@@ -141,7 +147,8 @@ class Consistency:
     def __post_init__(self) -> None:
         one_of("kind", self.kind, get_args(Kind))
         one_of("gradient", self.gradient, ("one", "both"))
-        if not 0 <= self.weight < float("inf"):
+        number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
+        if not number or not 0 <= self.weight < float("inf"):
             raise MethodError("weight is a number from 0", where="weight", found=repr(self.weight))
 
 

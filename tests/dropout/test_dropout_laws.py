@@ -36,17 +36,6 @@ def paddings(position: str) -> list[str | None]:
     return PADDINGS if position in ATTENTION else ["left"]
 
 
-def known(request: pytest.FixtureRequest, holds: bool, reason: str) -> None:
-    """Expect this test to fail while the bug of `reason` stands; once it is gone, the strict mark says so."""
-    if holds:
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
-
-
-OPT = (
-    "OPT's FFN runs on [B*L,D]: a column or span is then drawn over the whole batch, and hiddencut's shapes are broken"
-)
-
-
 def one(position: str, pattern: str, rate: float, **more: Any) -> Method:
     return Method([Site(position, pattern, rate=rate, layers="all", **more)])  # type: ignore[arg-type]
 
@@ -55,10 +44,7 @@ def one(position: str, pattern: str, rate: float, **more: Any) -> Method:
 
 
 @pytest.mark.parametrize("position", POSITIONS)
-def test_law_3_eval_mode_is_bit_for_bit_inert(
-    zoo: Any, family: str, position: str, request: pytest.FixtureRequest
-) -> None:
-    known(request, (family, position) == ("opt", "hidden"), OPT)
+def test_law_3_eval_mode_is_bit_for_bit_inert(zoo: Any, family: str, position: str) -> None:
     for backend in backends(zoo, family, position):
         model, batch = zoo.build(family, backend=backend).eval(), zoo.inputs(family, padding="right", real=5)
         with torch.no_grad():
@@ -105,10 +91,7 @@ def test_law_3_hkfts_own_path_that_drops_nothing_is_the_familys_too(zoo: Any, fa
 
 
 @pytest.mark.parametrize("position", POSITIONS)
-def test_law_4_a_token_never_changes_what_comes_before_it(
-    zoo: Any, decoder: str, position: str, request: pytest.FixtureRequest
-) -> None:
-    known(request, (decoder, position) == ("opt", "hidden"), OPT)
+def test_law_4_a_token_never_changes_what_comes_before_it(zoo: Any, decoder: str, position: str) -> None:
     t = 7
     for backend, padding in itertools.product(backends(zoo, decoder, position), paddings(position)):
         model, batch = zoo.build(decoder, backend=backend), zoo.inputs(decoder, padding=padding, real=6)
@@ -129,10 +112,7 @@ def test_law_4_a_token_never_changes_what_comes_before_it(
 
 
 @pytest.mark.parametrize("position", POSITIONS)
-def test_law_5_finite_at_rate_99_with_one_real_token(
-    zoo: Any, family: str, position: str, request: pytest.FixtureRequest
-) -> None:
-    known(request, (family, position) == ("opt", "hidden"), OPT)
+def test_law_5_finite_at_rate_99_with_one_real_token(zoo: Any, family: str, position: str) -> None:
     for backend, padding in itertools.product(backends(zoo, family, position), ["left", "right"]):
         if position not in ATTENTION and padding == "right":
             continue
@@ -151,9 +131,7 @@ def test_law_5_finite_at_rate_99_with_one_real_token(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "mistral", "qwen3", "gemma3"])
-def test_law_5_under_autocast(zoo: Any, name: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
-    reason = "q is float32 after the rotary embedding, the kernel casts -1e9 to -inf, and a rescued row takes 0 x -inf"
-    known(request, dtype == torch.float16 and name not in ("bert", "gpt2"), reason)
+def test_law_5_under_autocast(zoo: Any, name: str, dtype: torch.dtype) -> None:
     for method, padding in itertools.product(("dropkey", "dropattention"), ["left", "right"]):
         model, batch = zoo.build(name), zoo.inputs(name, padding=padding, real=1)
         with attach(model, method, rate=0.9), torch.autocast("cpu", dtype=dtype):
@@ -210,10 +188,7 @@ def test_law_6_gradients_agree_with_and_without_checkpointing(
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("name", ["bert", "gpt2", "opt", "llama"])
-def test_law_7_report_measures_the_rate(
-    zoo: Any, name: str, position: str, pattern: str, rate: float, request: pytest.FixtureRequest
-) -> None:
-    known(request, (name, position) == ("opt", "hidden"), OPT)
+def test_law_7_report_measures_the_rate(zoo: Any, name: str, position: str, pattern: str, rate: float) -> None:
     rows, length, passes = 4, 12, 3
     model, batch = zoo.build(name), zoo.inputs(name, rows=rows, length=length)
     with attach(model, one(position, pattern, rate)) as attachment:
@@ -241,11 +216,8 @@ def test_law_7_report_measures_the_rate(
 
 
 @pytest.mark.parametrize("pattern", ["element", "column", "span"])
-def test_law_7_what_a_hidden_site_does_to_each_sample(
-    zoo: Any, family: str, pattern: str, request: pytest.FixtureRequest
-) -> None:
+def test_law_7_what_a_hidden_site_does_to_each_sample(zoo: Any, family: str, pattern: str) -> None:
     """Seen from outside, by a hook behind hkft's own: each sample has its own tokens, elements or one span dropped."""
-    known(request, family == "opt", OPT)
     model, batch = zoo.build(family), zoo.inputs(family, rows=6)
     seen: list[tuple[Tensor, tuple[int, ...]]] = []
     with attach(model, one("hidden", pattern, 0.4)) as attachment:
@@ -297,8 +269,7 @@ def traces(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def test_law_8_train_passes_differ_and_nothing_is_left(zoo: Any, family: str, request: pytest.FixtureRequest) -> None:
-    known(request, family == "opt", OPT)
+def test_law_8_train_passes_differ_and_nothing_is_left(zoo: Any, family: str) -> None:
     for backend in backends(zoo, family):
         model, batch = zoo.build(family, backend=backend), zoo.inputs(family)
         zoo.run(model, batch)
