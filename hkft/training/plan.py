@@ -13,7 +13,8 @@ from hkft.folder import RunFolder
 from hkft.model import build
 from hkft.recipe import Recipe
 from hkft.training import looks
-from hkft.training.run import arguments, check_criterion, default_folder, prepare, step_counts
+from hkft.training.prepare import arguments, check_criterion, prepare, step_counts
+from hkft.training.run import default_folder
 
 BYTES = {"none": 4.0, "8bit": 1.0, "4bit": 0.55}  # a base weight; 4-bit with its block scales
 ADAM = 16  # bytes of a trained parameter: itself, its gradient, two moments, in float32

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import datasets
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, set_seed
 
-from hkft.data import probe, splits, tokenise
-from hkft.diagnostics.curve import from_records
-from hkft.diagnostics.gap import main_metric
-from hkft.diagnostics.verdict import verdict
+from hkft.data import tokenise
 from hkft.dropout.method import Method
-from hkft.errors import HkftError, OutOfMemoryError, RecipeError, SetupError, UsageError, nearest
-from hkft.evaluation.metrics import score
+from hkft.errors import HkftError, OutOfMemoryError, RecipeError, SetupError, UsageError
 from hkft.evaluation.predict import Predictions, predict
-from hkft.events import Evaluated, Event, Finished, Listener, Notice, Stage, Started, as_record, silent
+from hkft.events import Evaluated, Event, Finished, Listener, Notice, Stage, silent
 from hkft.folder import (
-    SCHEMA_VERSION,
     RunFolder,
     check_place,
     read_json,
@@ -37,24 +28,9 @@ from hkft.folder import (
 from hkft.model import build
 from hkft.recipe import Recipe
 from hkft.training import environment, looks
+from hkft.training.prepare import Material, arguments, check_criterion, prepare, step_counts
+from hkft.training.summary import started, summarise
 from hkft.training.trainer import Trainer
-
-FEW = 20  # validation rows: the standard error of an accuracy is then 0.1 and more
-
-
-@dataclass(frozen=True)
-class Material:
-    """What a run trains on: tokenised examples of each set, and what is needed to say what they are."""
-
-    examples: dict[str, datasets.Dataset]  # train, train_probe, validation
-    labels: tuple[str, ...] | None
-    fingerprints: dict[str, str]
-    duplicates: int
-    tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def ids(self) -> dict[str, list[Any]]:
-        return {name: list(examples["id"]) for name, examples in self.examples.items()}
 
 
 def default_folder(recipe: Recipe) -> Path:
@@ -125,51 +101,6 @@ def train(
     return begun.folder
 
 
-def prepare(recipe: Recipe, tell: Listener) -> Material:
-    """Rows, split and tokenised, with the probe: as many training rows as there are validation rows, labels in the same mix."""
-    tell(Stage("reading the data"))
-    rows = splits.load(recipe, tell)
-    assert rows.train is not None and rows.validation is not None
-    tokenizer = build.tokenizer(recipe)
-    encode = partial(tokenise.tokenise, tokenizer=tokenizer, max_length=recipe.data.max_length, tell=tell)
-    examples = {"train": encode(rows.train, name="train"), "validation": encode(rows.validation, name="validation")}
-    chosen = probe.probe_indices(
-        rows.train["label"], rows.validation["label"], recipe.diagnostics.probe_size, recipe.seed, recipe.task
-    )
-    examples["train_probe"] = examples["train"].select(chosen)
-    wanted = min(recipe.diagnostics.probe_size or len(rows.validation), len(rows.validation))
-    if len(rows.validation) < FEW:
-        tell(
-            Notice(f"only {len(rows.validation)} validation rows: what is measured on them is mostly noise", "warning")
-        )
-    if len(chosen) < wanted:
-        tell(
-            Notice(f"the training rows allow a probe of {len(chosen):,} rows with validation's labels, not {wanted:,}")
-        )
-    return Material(examples, rows.labels, rows.fingerprints, rows.duplicates, tokenizer)
-
-
-def arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
-    """The recipe's `train` section as transformers' TrainingArguments, with what hkft decides itself."""
-    try:
-        return TrainingArguments(
-            output_dir=str(folder.checkpoints),
-            seed=recipe.seed,
-            data_seed=recipe.seed,
-            eval_strategy="no",  # looks.py looks and saves
-            save_strategy="no",
-            save_total_limit=2,
-            remove_unused_columns=False,
-            label_names=["labels"],
-            logging_nan_inf_filter=False,
-            disable_tqdm=True,
-            use_cpu=build.device(recipe.model.device).type == "cpu",
-            **recipe.train,
-        )
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"transformers refuses the train section: {error}", where="train") from error
-
-
 def _check_free(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
     check_place(folder.path)
     if resume:
@@ -194,22 +125,6 @@ def _check_free(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
         raise UsageError("the output folder is not empty", where=str(folder.path), hint="--output names another folder")
 
 
-def check_criterion(recipe: Recipe, material: Material) -> None:
-    """Raise RecipeError where diagnostics.metric is none that the task has."""
-    criterion = recipe.diagnostics.metric
-    if criterion is None or criterion == "loss":
-        return
-    logits = torch.eye(max(2, len(material.labels or ()))).numpy() if material.labels else torch.ones(2, 1).numpy()
-    known = ["loss", *score(recipe.task, logits, logits.argmax(1))]
-    if criterion not in known:
-        raise RecipeError(
-            f"{recipe.task} has no metric {criterion!r}",
-            where="diagnostics.metric",
-            allowed=", ".join(known),
-            hint=nearest(criterion, known),
-        )
-
-
 def _open(folder: RunFolder, recipe: Recipe, material: Material, resume: bool) -> None:
     """Create the folder, once everything that can be wrong with recipe, data and model has been looked at."""
     if resume:
@@ -232,9 +147,9 @@ def _fit(begun: Begun) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watcher)
     trainable, total = build.parameters(_adapted(trainer))
-    tell(_started(recipe, material, folder, trainer, watcher, trainable, total))
+    tell(started(recipe, material, folder, trainer, watcher, trainable, total))
     facts = {"trainable_parameters": trainable, "total_parameters": total}
-    write_json(folder.summary, _summary(recipe, watcher, trainer, "running", facts))
+    write_json(folder.summary, summarise(recipe, watcher, trainer, "running", facts))
     status = "failed"
     environment.forget_peak(trainer.args.device)
     try:
@@ -248,10 +163,10 @@ def _fit(begun: Begun) -> None:
         status = "interrupted"
         raise
     finally:
-        summary = _summary(recipe, watcher, trainer, status, facts)
-        write_json(folder.summary, summary)
+        told = summarise(recipe, watcher, trainer, status, facts)
+        write_json(folder.summary, told)
         if status != "failed":
-            tell(Finished(str(folder.path), summary, trainer.attachment.report()))
+            tell(Finished(str(folder.path), told, trainer.attachment.report()))
         trainer.attachment.detach()
     if status == "interrupted":
         raise KeyboardInterrupt
@@ -346,14 +261,6 @@ def _watcher(
     )
 
 
-def step_counts(rows: int, settings: TrainingArguments) -> tuple[int, int]:
-    """(optimizer steps in all, in one epoch), as Trainer counts them."""
-    batches = math.ceil(rows / (settings.train_batch_size * settings.world_size))
-    per_epoch = max(1, math.ceil(batches / settings.gradient_accumulation_steps))
-    total = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * per_epoch)
-    return total, per_epoch
-
-
 def _take_up(folder: RunFolder, watcher: looks.Looks, checkpoint: Path | None) -> None:
     """Bring the curve back to where the checkpoint stands, and forget what came after it."""
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
@@ -364,80 +271,6 @@ def _take_up(folder: RunFolder, watcher: looks.Looks, checkpoint: Path | None) -
         watcher.curve.append(Evaluated(**record))
     if folder.summary.exists():
         watcher.clock.before = float(read_json(folder.summary).get("train_runtime_s") or 0.0)
-
-
-def _started(
-    recipe: Recipe,
-    material: Material,
-    folder: RunFolder,
-    trainer: Trainer,
-    watcher: looks.Looks,
-    trainable: int,
-    total: int,
-) -> Started:
-    return Started(
-        run=str(folder.path),
-        recipe=recipe.name,
-        method=recipe.method.name,
-        model=recipe.model.name,
-        task=recipe.task,
-        device=environment.device_name(trainer.args.device),
-        seed=recipe.seed,
-        total_steps=watcher.at[-1],
-        epochs=float(trainer.args.num_train_epochs),
-        train_rows=len(material.examples["train"]),
-        validation_rows=len(material.examples["validation"]),
-        probe_rows=len(material.examples["train_probe"]),
-        trainable_parameters=trainable,
-        total_parameters=total,
-        metric=_metric(recipe),
-    )
-
-
-def _metric(recipe: Recipe) -> str:
-    chosen = recipe.diagnostics.metric
-    return chosen if chosen and chosen != "loss" else main_metric(recipe.task)
-
-
-def _summary(
-    recipe: Recipe, watcher: looks.Looks, trainer: Trainer, status: str, facts: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The content of summary.json."""
-    curve = watcher.curve
-    best, final = watcher.best, curve[-1] if curve else None
-    found = verdict(from_records(map(as_record, curve)), metric=_metric(recipe))
-    seconds = watcher.clock.seconds() if watcher.clock.started else 0.0
-    samples, tokens = watcher.counters()
-
-    def sets(seen: Evaluated | None) -> dict[str, Any] | None:
-        return None if seen is None else {split: dict(getattr(seen, split)) for split in looks.SPLITS}
-
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "status": status,
-        "recipe": recipe.name,
-        "recipe_fingerprint": recipe.fingerprint(),
-        "method": recipe.method.name,
-        "dropout": recipe.method.as_dict(),
-        "model": recipe.model.name,
-        "seed": recipe.seed,
-        "task": recipe.task,
-        "metric": _metric(recipe),
-        "steps": trainer.state.global_step,
-        "total_steps": watcher.at[-1],
-        "best_step": best.step if best else None,
-        "best": sets(best),
-        "final": sets(final),
-        "gap": {"best": dict(best.gap) if best else None, "final": dict(final.gap) if final else None},
-        "verdict": found.as_dict(),
-        "sites": trainer.attachment.report(),
-        "train_runtime_s": seconds,
-        "eval_runtime_s": watcher.clock.outside,
-        "train_samples_per_s": samples / seconds if seconds else None,
-        "train_tokens_per_s": tokens / seconds if seconds else None,
-        "peak_memory_bytes": environment.peak_memory(trainer.args.device),
-        **facts,
-    }
 
 
 @contextmanager

@@ -1,0 +1,106 @@
+"""What a run needs before there is a model: rows, split and tokenised, and transformers' arguments."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import datasets
+import torch
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from hkft.data import probe, splits, tokenise
+from hkft.errors import RecipeError, nearest
+from hkft.evaluation.metrics import score
+from hkft.events import Listener, Notice, Stage
+from hkft.folder import RunFolder
+from hkft.model import build
+from hkft.recipe import Recipe
+
+FEW = 20  # validation rows: the standard error of an accuracy is then 0.1 and more
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run trains on: tokenised examples of each set, and what is needed to say what they are."""
+
+    examples: dict[str, datasets.Dataset]  # train, train_probe, validation
+    labels: tuple[str, ...] | None
+    fingerprints: dict[str, str]
+    duplicates: int
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def ids(self) -> dict[str, list[Any]]:
+        return {name: list(examples["id"]) for name, examples in self.examples.items()}
+
+
+def prepare(recipe: Recipe, tell: Listener) -> Material:
+    """Rows, split and tokenised, with the probe: as many training rows as there are validation rows, labels in the same mix."""
+    tell(Stage("reading the data"))
+    rows = splits.load(recipe, tell)
+    assert rows.train is not None and rows.validation is not None
+    tokenizer = build.tokenizer(recipe)
+    encode = partial(tokenise.tokenise, tokenizer=tokenizer, max_length=recipe.data.max_length, tell=tell)
+    examples = {"train": encode(rows.train, name="train"), "validation": encode(rows.validation, name="validation")}
+    chosen = probe.probe_indices(
+        rows.train["label"], rows.validation["label"], recipe.diagnostics.probe_size, recipe.seed, recipe.task
+    )
+    examples["train_probe"] = examples["train"].select(chosen)
+    wanted = min(recipe.diagnostics.probe_size or len(rows.validation), len(rows.validation))
+    if len(rows.validation) < FEW:
+        tell(
+            Notice(f"only {len(rows.validation)} validation rows: what is measured on them is mostly noise", "warning")
+        )
+    if len(chosen) < wanted:
+        tell(
+            Notice(f"the training rows allow a probe of {len(chosen):,} rows with validation's labels, not {wanted:,}")
+        )
+    return Material(examples, rows.labels, rows.fingerprints, rows.duplicates, tokenizer)
+
+
+def arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
+    """The recipe's `train` section as transformers' TrainingArguments, with what hkft decides itself."""
+    try:
+        return TrainingArguments(
+            output_dir=str(folder.checkpoints),
+            seed=recipe.seed,
+            data_seed=recipe.seed,
+            eval_strategy="no",  # looks.py looks and saves
+            save_strategy="no",
+            save_total_limit=2,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            logging_nan_inf_filter=False,
+            disable_tqdm=True,
+            use_cpu=build.device(recipe.model.device).type == "cpu",
+            **recipe.train,
+        )
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"transformers refuses the train section: {error}", where="train") from error
+
+
+def step_counts(rows: int, settings: TrainingArguments) -> tuple[int, int]:
+    """(optimizer steps in all, in one epoch), as Trainer counts them."""
+    batches = math.ceil(rows / (settings.train_batch_size * settings.world_size))
+    per_epoch = max(1, math.ceil(batches / settings.gradient_accumulation_steps))
+    total = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * per_epoch)
+    return total, per_epoch
+
+
+def check_criterion(recipe: Recipe, material: Material) -> None:
+    """Raise RecipeError where diagnostics.metric is none that the task has."""
+    criterion = recipe.diagnostics.metric
+    if criterion is None or criterion == "loss":
+        return
+    logits = torch.eye(max(2, len(material.labels or ()))).numpy() if material.labels else torch.ones(2, 1).numpy()
+    known = ["loss", *score(recipe.task, logits, logits.argmax(1))]
+    if criterion not in known:
+        raise RecipeError(
+            f"{recipe.task} has no metric {criterion!r}",
+            where="diagnostics.metric",
+            allowed=", ".join(known),
+            hint=nearest(criterion, known),
+        )
