@@ -41,7 +41,7 @@ def compare(
     from hkft.view.terminal import view
 
     folder = output
-    with view(json=json) as tell:
+    with view(json=json, brief=True) as tell:
         quiet(tell)
         from hkft import api
         from hkft.comparison.grid import read_rates

@@ -45,6 +45,27 @@ class Plain:
                 yield from finish(event)
 
 
+class Brief(Plain):
+    """Many runs in one log: a line of each that finished, and only once what all of them say."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.said: set[str] = set()
+
+    def lines(self, event: Event) -> Iterator[str]:
+        match event:
+            case Stage() | Notice():
+                fresh = [line for line in super().lines(event) if line not in self.said]
+                self.said.update(fresh)
+                yield from fresh
+            case Finished():
+                self.training = False
+                yield words.outcome(event.summary)
+            case _:
+                for _ in super().lines(event):  # it remembers where the run stands
+                    pass
+
+
 def finish(event: Finished) -> Iterator[str]:
     """The verdict, the figures, what fired, where it all is, and what to type next."""
     verdict = event.summary.get("verdict")

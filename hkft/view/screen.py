@@ -145,14 +145,14 @@ def _header(started: Started, ascii_only: bool) -> RenderableType:
 
 def _progress(screen: Screen, started: Started, width: int, ascii_only: bool) -> list[RenderableType]:
     step = screen.step
-    at = step.step if step else 0
+    at = max(step.step if step else 0, screen.evaluations[-1].step if screen.evaluations else 0)
     count = f"{at:,}/{started.total_steps:,}"
     bar = ProgressBar(started.total_steps, at, width=max(10, width - len(count) - 16), complete_style=VALIDATION)
     grid = Table.grid(padding=(0, 1))
     share = f"{at / max(started.total_steps, 1):4.0%}"
     grid.add_row(Text("step", style="dim"), Text(count), bar, Text(share, style="dim"))
     if step is None:
-        return [grid, Text("waiting for the first step", style="dim")]
+        return [grid, *([] if at else [Text("waiting for the first step", style="dim")])]
     left = screen.seconds_left(step)
     facts = [
         f"epoch {step.epoch:.2f} of {started.epochs:g}",

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.live import Live
 
 from hkft.events import Event, Finished, Listener, Notice, Stage
+from hkft.view import words
 from hkft.view.console import is_plain, output
-from hkft.view.plain import Plain
+from hkft.view.plain import Brief, Plain
 from hkft.view.screen import Screen, done, notice, report
 
 PER_SECOND = 4
@@ -19,21 +20,26 @@ PER_SECOND = 4
 
 @contextmanager
 def view(
-    json: bool = False, *, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    json: bool = False,
+    *,
+    brief: bool = False,
+    console: Console | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Listener]:
     """A listener that shows what it is told, for as long as the context lasts.
 
-    json: a program reads stdout and most likely keeps stderr too, so plain lines. The terminal is restored on every
+    json: a program reads stdout and most likely keeps stderr too, so plain lines. brief: there are many runs, and a line
+    is left of each. The terminal is restored on every
     way out; if training was cut short, its last screen stays.
     """
     console = console or output(stderr=True)
     if json or is_plain(console):
-        yield Plain(console)
+        yield Brief(console) if brief else Plain(console)
         return
     screen = Screen(clock)
     with Live(screen, console=console, refresh_per_second=PER_SECOND, transient=True) as live:
         try:
-            yield Drawing(screen, live)
+            yield Drawing(screen, live, brief)
         finally:
             if screen.started and not screen.finished:
                 console.print(screen)
@@ -43,9 +49,11 @@ def view(
 class Drawing:
     """The listener of the live screen: keeps its state current, and prints above it what is to stay."""
 
-    def __init__(self, screen: Screen, live: Live) -> None:
+    def __init__(self, screen: Screen, live: Live, brief: bool = False) -> None:
         self.screen = screen
         self.live = live
+        self.brief = brief
+        self.said: set[str] = set()
 
     def __call__(self, event: Event) -> None:
         console, screen = self.live.console, self.screen
@@ -53,9 +61,12 @@ class Drawing:
         before, training = screen.stage, screen.started is not None and screen.finished is None
         screen(event)
         over = before is not None and (not isinstance(event, Stage) or event.text != before.text)
-        if before and over and not training and not isinstance(event, Notice):
+        if before and over and not training and not self.brief and not isinstance(event, Notice):
             console.print(done(before, ascii_only))
-        if isinstance(event, Notice):
+        if isinstance(event, Notice) and not (self.brief and event.text in self.said):
+            self.said.add(event.text)
             console.print(notice(event, ascii_only))
+        elif isinstance(event, Finished) and self.brief:
+            console.print(done(Stage(words.outcome(event.summary)), ascii_only))
         elif isinstance(event, Finished):
             console.print(report(screen, event, console.width, ascii_only))

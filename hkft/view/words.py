@@ -98,6 +98,22 @@ def _sides(moment: Mapping[str, Mapping[str, float]], metric: str) -> str:
     )
 
 
+def outcome(summary: Mapping[str, Any]) -> str:
+    """A run among others, as one line."""
+    name, metric = f"{summary['method']}, seed {summary['seed']}", main_metric(summary["task"])
+    if not summary.get("best"):
+        return f"{name}: {summary['status']}"
+    best, end = summary["best"]["validation"], summary["gap"]["final"]["loss"]
+    facts = [
+        f"best validation loss {number(best['loss'])}",
+        *([f"{metric} {number(best[metric])}"] if metric in best else []),
+        f"gap at the end {number(end)}",
+        summary["verdict"]["name"],
+        duration(summary["train_runtime_s"]),
+    ]
+    return f"{name}: {', '.join(facts)}"
+
+
 SITE_COLUMNS = ("position", "pattern", "layers", "calls", "expected", "measured")
 
 

@@ -37,6 +37,7 @@ def summary() -> dict[str, Any]:
         "best_step": 126,
         "best": {"train_probe": best_probe, "validation": best},
         "final": {"train_probe": final_probe, "validation": final},
+        "gap": {"best": {"loss": 0.212}, "final": {"loss": 0.694}},
         "verdict": {
             "name": "overfitting",
             "since_step": 126,

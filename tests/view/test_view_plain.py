@@ -46,6 +46,18 @@ def test_a_whole_run_in_a_log_file(run):
     assert file.getvalue() == WHOLE
 
 
+def test_many_runs_in_a_log_file_are_a_line_each(run):
+    file = io.StringIO()
+    with view(brief=True, console=Console(file=file)) as tell:
+        for event in [*run, *run]:
+            tell(event)
+    line = "hiddenkey, seed 1: best validation loss 0.468, accuracy 0.797, gap at the end 0.694, overfitting, 3:51\n"
+    assert file.getvalue() == (
+        "tokenising\nwarning: 3 validation rows are also among the training rows\nloading the model\n"
+        f"writing the report\n{line}{line}"
+    )
+
+
 def test_json_asks_for_plain_lines_on_a_terminal_too(run, terminal, quiet):
     console = terminal(60)
     with view(json=True, console=console) as tell:

@@ -172,3 +172,16 @@ def test_a_run_without_its_metric_shows_losses_only(terminal, run):
     screen(Evaluated(63, 1.0, {"loss": 0.4}, {"loss": float("nan")}, {"loss": float("nan")}, False, 1.0))
     table = [line for line in show(screen, terminal, 80) if line.startswith(("step", "  63"))]
     assert [line.split() for line in table[-1:]] == [["63", "1.00", "0.400", "-", "-"]]
+
+
+def test_many_runs_leave_a_line_each(run, terminal):
+    console = terminal(120, colour=False)
+    with view(brief=True, console=console) as tell:
+        for event in [*run, *run]:
+            tell(event)
+    console.file.flush()
+    sent = lines_of(console.file.buffer.getvalue().decode())
+    line = "✓ hiddenkey, seed 1: best validation loss 0.468, accuracy 0.797, gap at the end 0.694, overfitting, 3:51"
+    assert [text.strip() for text in sent].count(line) == 2
+    assert sum("also among the training rows" in text for text in sent) == 1
+    assert not any("run folder" in text or "✓ tokenising" in text for text in sent)
