@@ -46,10 +46,10 @@ def copy(recipes: Iterable[Path], folder: Path) -> list[Path]:
 
 
 def describe(path: Path) -> str:
-    """The first line of a recipe's head comment, or "" where it has none."""
+    """The first line of a recipe's head comment, without its name; "" where it has none."""
     with path.open(encoding="utf-8") as file:
         line = file.readline().strip()
-    return line.lstrip("# ") if line.startswith("#") else ""
+    return line.lstrip("# ").removeprefix(f"{path.stem}: ") if line.startswith("#") else ""
 
 
 def locate(source: str | Path) -> Path:

@@ -296,7 +296,7 @@ def test_every_shipped_recipe_resolves_from_any_folder(name, tmp_path, monkeypat
     head = [line for line in made.source.splitlines() if line.startswith("#")]
     assert f"# hkft train --recipe {name}" in head
     assert head[0].startswith(f"# {name}: ")
-    assert describe(made.path) == head[0].removeprefix("# ")
+    assert describe(made.path) == head[0].removeprefix(f"# {name}: ")
 
 
 def test_an_existing_path_wins_over_a_shipped_name(tmp_path, monkeypatch):
