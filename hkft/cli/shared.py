@@ -66,13 +66,14 @@ def quiet(tell: Listener) -> None:
     """Load the libraries below, aloud, and let hkft's own screen speak: none of their bars, log lines and warnings."""
     tell(Stage("starting torch and transformers"))
     warnings.filterwarnings("ignore", module=r"(?!hkft\b)")
-    for name in ("bitsandbytes", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from hkft.data.quiet import quiet as quiet_datasets
 
     quiet_datasets()
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
+    hub_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
