@@ -73,11 +73,12 @@ class HiddenHook:
 
     def __init__(self, dropper: Dropper) -> None:
         self.dropper = dropper
-        self.batch = 1
+        self.batch: int | None = None
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the layer runs: its batch size, for a family (OPT) whose FFN sees the tokens of all rows as [B*L,D]."""
-        self.batch = len(args[0] if args else kwargs["hidden_states"])
+        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        self.batch = len(x) if x.dim() > 2 else None
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not module.training or not self.dropper.rate:
@@ -87,14 +88,20 @@ class HiddenHook:
         return self._drop(output)
 
     def _drop(self, x: Tensor) -> Tensor:
-        if x.dim() == 2:
-            return self._drop(x.unflatten(0, (self.batch, -1))).flatten(0, 1)
-        site = self.dropper.site
-        keep = self.dropper.draw(x.shape, x.shape[:-1], x.device)
+        site, batch = self.dropper.site, len(x) if x.dim() > 2 else self.batch
+        if batch is None and site.pattern == "span":
+            raise MethodError(
+                "this model has the tokens of all samples in one row, and a span would run across them",
+                where=f"pattern of {site.position}",
+                found="span",
+                allowed="element, column",
+            )
+        tokens = x.reshape(batch or 1, -1, x.shape[-1])
+        keep = self.dropper.draw(tokens.shape, tokens.shape[:-1], x.device)
         if site.pattern != "element":
             keep = keep.unsqueeze(-1)
         assert site.rescale is not None
-        return hiddencut(x, keep, self.dropper.rate, site.rescale)
+        return hiddencut(tokens, keep, self.dropper.rate, site.rescale).view(x.shape)
 
 
 class CountHook:
@@ -112,7 +119,7 @@ class ProofHook:
     """Forward hook on the model: after its first training pass, every site must have fired, or the method is a lie.
 
     What may have changed since attaching is looked at again: LoRA put around an FFN output would add its update behind
-    the drop, and checkpointing would draw other masks from a seed when it replays.
+    the drop, and checkpointing, whenever it comes, would draw other masks from a seed when it replays.
     """
 
     def __init__(self, attachment: Attachment) -> None:
@@ -120,24 +127,41 @@ class ProofHook:
         self.proven = False
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.proven or not module.training:
+        if not module.training:
             return
         family, droppers = self.attachment.family, self.attachment.droppers
+        if any(d.seed is not None for d in droppers):
+            _refuse_checkpointing(family.model)
+        if self.proven:
+            return
         name, after = type(family.model).__name__, "attach() to the model that is trained, after PEFT has wrapped it"
         silent = [d for d in droppers if d.rate and not d.calls]
         if silent and not getattr(family.model.config, "layerdrop", 0):
-            places = ", ".join(sorted({f"{d.site.position} of layer {d.layer}" for d in silent}))
-            raise MethodError(f"{name} went through a training pass without firing {places}", hint=after)
-        if any(d.site.position == "hidden" for d in droppers):
-            now = families.find(family.model).layers
-            wrapped = [
-                new.name for old, new in zip(family.layers, now, strict=True) if old.ffn_output is not new.ffn_output
-            ]
-            if wrapped:
-                raise MethodError(f"the FFN output of {name} was wrapped after attaching", where=wrapped[0], hint=after)
-        if any(d.seed is not None for d in droppers):
-            _refuse_checkpointing(family.model)
+            raise MethodError(f"{name} went through a training pass without firing {_names(silent)}", hint=after)
+        hooked = [d for d in droppers if d.site.position in ("hidden", "input", "output")]
+        now = families.find(family.model) if hooked else family
+        moved = [d for d in hooked if not _is_hooked(_hooked(now, d), d)]
+        if moved:
+            raise MethodError(f"{name} was wrapped after attaching, outside {_names(moved)}", hint=after)
         self.proven = True
+
+
+def _names(droppers: list[Dropper]) -> str:
+    places = {d.site.position if d.layer is None else f"{d.site.position} of layer {d.layer}" for d in droppers}
+    return ", ".join(sorted(places))
+
+
+def _hooked(family: families.Family, dropper: Dropper) -> nn.Module | None:
+    """The module in whose output a hidden, input or output site drops."""
+    if dropper.site.position == "input":
+        return family.model.get_input_embeddings()
+    return family.layers[-1].block if dropper.layer is None else family.layers[dropper.layer].ffn_output
+
+
+def _is_hooked(module: nn.Module | None, dropper: Dropper) -> bool:
+    return module is not None and any(
+        isinstance(hook, HiddenHook) and hook.dropper is dropper for hook in module._forward_hooks.values()
+    )
 
 
 def _refuse_checkpointing(model: nn.Module) -> None:
@@ -229,7 +253,7 @@ def attach(model: nn.Module, method: str | Method, rate: float | None = None, *,
     A consistency loss is the loop's business: `hkft.Trainer` or `hkft.consistency_loss` add it.
     Raises MethodError: unknown method, a model already attached, a family or an attention backend hkft cannot act on.
     """
-    method = find(method) if isinstance(method, str) else method
+    method = method if isinstance(method, Method) else find(method)
     if rate is not None:
         method = method.with_rate(rate)
     family = families.find(model)
@@ -273,7 +297,14 @@ def _place(attachment: Attachment, site: Site, number: int, seed: int | None) ->
         )
     if site.position not in PER_LAYER:
         dropper = Dropper(site, number, None, site.rate_at(0, 1), seed)
-        place = family.model.get_input_embeddings() if site.position == "input" else family.layers[-1].block
+        place = _hooked(family, dropper)
+        assert place is not None
+        if isinstance(place, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            raise MethodError(
+                f"{type(family.model).__name__} embeds its inputs by a convolution, whose output is not [B,L,D]",
+                where="input",
+                hint="use another position",
+            )
         attachment.droppers.append(dropper)
         attachment._handles.append(place.register_forward_hook(HiddenHook(dropper)))
         return
@@ -416,8 +447,6 @@ def _attend(
     dropper = module.__dict__.get(_STATE)
     if dropper is None or not module.training or not dropper.rate:
         return own(module, query, key, value, attention_mask, **kwargs)
-    if kwargs.get("s_aux") is not None:
-        raise MethodError(f"{type(module).__name__} has attention sinks, which take part in the softmax")
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     causal = kwargs.get("is_causal")
@@ -426,6 +455,7 @@ def _attend(
     if attention_mask is None and causal and key.shape[2] > queries > 1:
         key, value = key[:, :, :queries], value[:, :, :queries]
     if (bias := kwargs.get("position_bias")) is not None:
+        bias = bias[..., : key.shape[2]]
         attention_mask = create_position_bias_mask(bias, attention_mask, causal and queries > 1, query, key)
     elif attention_mask is not None:
         attention_mask = attention_mask[..., : key.shape[2]]

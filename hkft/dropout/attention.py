@@ -27,6 +27,7 @@ AttentionMask = (
 )  # bool: True attends; float: added to the logits
 
 LANES = 8  # fused kernels want a head size that is a multiple of this
+FAR = -(2.0**15)  # added to a dropped logit: float16 holds it, and its exponential is 0 in every dtype
 
 
 def allowed(mask: AttentionMask | None) -> Bool[Tensor, "Bm Hm Qm Km"] | None:
@@ -70,16 +71,17 @@ def dropkey(
     """Attention with dropped logits, w' = softmax(g with -inf where keep is False) (DropKey).
 
     A column mask without causality is an additive [B,H,1,K] mask. Otherwise the drop travels inside the product: q gets one
-    more dimension of value 1 (0 in a rescued row) and k one of value 0 where kept, hugely negative where dropped. The
-    kernel's own causal path and a mask shared by all heads then stay as they are.
+    more dimension of value 1 / scale (0 in a rescued row) and k one of value 0 where kept, FAR where dropped. The kernel's
+    own causal path and a mask shared by all heads then stay as they are.
     """
     if keep.shape[-2] > 1 or (rescued is None and not causal):
         return sdpa(q, k, v, attn_mask=_and(mask, keep, causal, q.shape[-2]), dropout_p=dropout_p, scale=scale)
-    ones = torch.ones_like(q[..., :1]) if rescued is None else (~rescued).to(q.dtype)
-    far = -(2.0**15) if _computed_in(q) == torch.float16 else -1e9
-    drop = torch.zeros_like(k[..., :1]).masked_fill(~keep.transpose(-1, -2), far)
-    wide = q.shape[-1] + LANES
-    q, k = torch.cat([q, ones], -1), torch.cat([k, drop], -1)
+    obey = torch.full_like(q[..., :1], 1 / scale)
+    if rescued is not None:
+        obey = obey.masked_fill(rescued, 0)
+    drop = torch.zeros_like(k[..., :1]).masked_fill(~keep.transpose(-1, -2), FAR)
+    wide = max(q.shape[-1], v.shape[-1]) + LANES
+    q, k = torch.cat([q, obey], -1), torch.cat([k, drop], -1)
     out = sdpa(
         *(pad(x, (0, wide - x.shape[-1])) for x in (q, k, v)),
         attn_mask=mask,
@@ -123,8 +125,10 @@ def dropattention(
         return out / (1 - rate)
     if rescale == "none":
         return out
-    poor = _too_small(mass)
+    poor = mass < torch.finfo(mass.dtype).tiny ** 0.5
     out = out / mass.masked_fill(poor, 1.0)
+    if (may := allowed(mask)) is not None:
+        poor = poor & may.any(-1, keepdim=True)  # a padding query attends to nothing: there is nothing to save
     if poor.any():
         out = torch.where(poor, dropkey(q, k, v, keep, mask=mask, causal=causal, scale=scale, rescued=rescued), out)
     return out
@@ -147,40 +151,27 @@ def explicit(
 ) -> Float[Tensor, "B H Q Dv"]:
     """Either position, formula by formula, [B,H,Q,K] built in full, in float32 or wider.
 
-    rescale: None for a drop on the logits (DropKey), which "normalised_with_gradient" is too. For element masks on the weights, soft-capped logits (Gemma 2), and native attention dropout beside DropAttention.
+    rescale: None for a drop on the logits (DropKey). For element masks on the weights, soft-capped logits (Gemma 2), and
+    native attention dropout beside DropAttention.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    logits = (q @ k.transpose(-1, -2)).to(wide) * scale
+    logits = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     kept = keep if rescued is None else keep | rescued
-    gone = torch.finfo(wide).min
+    gone = torch.finfo(logits.dtype).min
     may = allowed(_and(mask, torch.ones_like(keep), causal, q.shape[-2]))
     assert may is not None
     if mask is not None and mask.dtype != torch.bool:
-        logits = logits + mask.to(wide).clamp_min(gone / 2)  # a position bias may live in the mask
-    weights = torch.softmax(logits.masked_fill(~may, gone), -1) * kept
-    mass = weights.sum(-1, keepdim=True).detach()
-    if rescale == "inverse_keep":
-        weights = weights / (1 - rate)
-    elif rescale != "none":
-        dropkeys = torch.softmax(logits.masked_fill(~(may & kept), gone), -1)
-        poor = _too_small(mass)
-        weights = (
-            torch.where(poor, dropkeys, weights / mass.masked_fill(poor, 1.0)) if rescale == "normalised" else dropkeys
-        )
+        logits = logits + mask  # a position bias may live in the mask
+    log_w = torch.log_softmax(logits.masked_fill(~(may if rescale else may & kept), gone), -1)
+    if rescale in ("normalised", "normalised_with_gradient"):  # in logarithms no mass is too small to divide by
+        log_w = log_w.masked_fill(~kept, gone)
+        log_mass = torch.logsumexp(log_w, -1, keepdim=True)
+        log_w = log_w - (log_mass.detach() if rescale == "normalised" else log_mass)
+    weights = log_w.exp()
+    if rescale in ("inverse_keep", "none"):
+        weights = weights * kept / (1 - rate if rescale == "inverse_keep" else 1)
     return dropout(weights.to(v.dtype), dropout_p) @ v
-
-
-def _computed_in(x: Tensor) -> torch.dtype:
-    """The dtype that a kernel sees: autocast's, where it is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def _too_small(mass: Tensor) -> Bool[Tensor, "B H Q 1"]:
-    """Where a kept mass is nothing, or so little that weights as small have lost their digits."""
-    return mass < torch.finfo(mass.dtype).tiny ** 0.5
 
 
 def _first_key(may: Tensor | None, keys: int, device: torch.device) -> Bool[Tensor, "Bm 1 1 K"]:

@@ -22,6 +22,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hkft.errors import MethodError
 
 NOT_FFN = ("attn", "attention", "adapter")  # in a module's name: what is within is no part of the FFN
+BEYOND = {  # in an attention's own forward: what hkft's attention would silently leave out
+    "sinks": "has attention sinks, which take part in the softmax",
+    "s_aux": "has attention sinks, which take part in the softmax",
+    "indices=": "chooses the keys of each query itself, in a way that hangs on the name of the attention backend",
+}
 
 
 @dataclass(frozen=True)
@@ -89,15 +94,17 @@ def _pretrained(model: nn.Module) -> PreTrainedModel:
     )
 
 
-@cache
 def _asks_interface(kind: type[nn.Module]) -> bool:
     """Whether the class's own forward looks its attention function up in the interface."""
-    if "ttention" not in kind.__name__:
-        return False
+    return "ttention" in kind.__name__ and "ALL_ATTENTION_FUNCTIONS" in _source(kind)
+
+
+@cache
+def _source(kind: type[nn.Module]) -> str:
     try:
-        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(kind.forward)
+        return inspect.getsource(kind.forward)
     except (OSError, TypeError):
-        return False
+        return ""
 
 
 def _is_cross(name: str) -> bool:
@@ -106,8 +113,9 @@ def _is_cross(name: str) -> bool:
 
 def _layer(model: PreTrainedModel, name: str, attention: nn.Module) -> Layer:
     """The innermost ModuleList element around `attention` that also holds a feed-forward network."""
-    if hasattr(attention, "sinks"):
-        raise MethodError(f"{type(attention).__name__} has attention sinks, which take part in the softmax", where=name)
+    for sign, reason in BEYOND.items():
+        if sign in _source(type(attention)):
+            raise MethodError(f"{type(attention).__name__} {reason}", where=name)
     path = name.split(".")
     for depth in range(len(path) - 1, 0, -1):
         parent = model.get_submodule(".".join(path[: depth - 1])) if depth > 1 else model
@@ -116,10 +124,10 @@ def _layer(model: PreTrainedModel, name: str, attention: nn.Module) -> Layer:
         block_name = ".".join(path[:depth])
         block = model.get_submodule(block_name)
         experts, outputs = _has_experts(block), _ffn_outputs(model, block, attention)
-        if experts or outputs:
+        if experts or any(_linear(block, attention)):
             certain = not experts and len(outputs) == 1
             output = next(iter(outputs.values())) if certain else None
-            why = "it is a mixture of experts" if experts else f"it may be any of {', '.join(outputs)}"
+            why = "it is a mixture of experts" if experts else f"it may be {' or '.join(outputs) or 'none that it has'}"
             causal = bool(getattr(attention, "is_causal", False))
             return Layer(block_name, block, attention, output, None if certain else why, causal)
     raise MethodError(
@@ -138,8 +146,11 @@ def _ffn_outputs(model: PreTrainedModel, block: nn.Module, attention: nn.Module)
     """
     width = next((sizes[0] for module in attention.modules() if (sizes := linear_sizes(module))), None)
     linear = list(_linear(block, attention))
-    feeds = {out for _, _, into, out in linear if into == width}
-    found = [(name, module, into) for name, module, into, out in linear if out == width and {into, 2 * into} & feeds]
+    found = [
+        (name, module, inner)
+        for name, module, inner, out in linear
+        if out == width and any(i == width and o in (inner, 2 * inner) for n, _, i, o in linear if n != name)
+    ]
     sizes = _intermediate_sizes(model)
     as_told = [entry for entry in found if entry[2] in sizes]
     return {name: module for name, module, _ in (as_told if len(found) > 1 and as_told else found)}
@@ -150,7 +161,7 @@ def _intermediate_sizes(model: PreTrainedModel) -> set[int]:
     parts = [model.config, *(part for part in vars(model.config).values() if isinstance(part, PreTrainedConfig))]
     names = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "hidden_dim", "n_inner", "d_ff")
     sizes = (getattr(part, name, None) for part in parts for name in names)
-    return {size for size in sizes if isinstance(size, int)}
+    return {each for size in sizes for each in (size if isinstance(size, list) else [size]) if isinstance(each, int)}
 
 
 def _linear(block: nn.Module, attention: nn.Module) -> Iterator[tuple[str, nn.Module, int, int]]:

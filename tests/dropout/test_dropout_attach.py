@@ -13,7 +13,9 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, CLIPVisionConfig, CLIPVisionModel
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 import hkft
 from hkft import METHODS, Method, Site, attach, attached
@@ -125,17 +127,6 @@ def test_report_of_two_equal_sites_counts_each_once(zoo: Any) -> None:
         assert [r["calls"] for r in attachment.report()] == [2, 2]
 
 
-def test_a_layer_named_twice_is_one_layer_or_refused_as_such(zoo: Any) -> None:
-    model = zoo.build("bert")
-    try:
-        attachment = attach(model, Method([Site("attention_logits", rate=0.1, layers=[1, 1])]))
-    except MethodError as error:
-        assert "layers" in str(error)  # noqa: PT017
-        return
-    with attachment:
-        zoo.run(model, zoo.inputs("bert"))
-
-
 # --- seeds ------------------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +198,15 @@ def test_a_seed_with_checkpointing_enabled_afterwards_is_refused(zoo: Any) -> No
         enable_checkpointing(model)
         with pytest.raises(MethodError, match="gradient checkpointing"):
             zoo.run(model, zoo.inputs("bert"))
+
+
+def test_a_seed_with_checkpointing_enabled_between_two_steps_is_refused(zoo: Any) -> None:
+    model, batch = zoo.build("bert"), zoo.inputs("bert")
+    with attach(model, "dropkey", rate=0.5, seed=1):
+        zoo.run(model, batch)
+        enable_checkpointing(model)
+        with pytest.raises(MethodError, match="gradient checkpointing"):
+            zoo.run(model, batch)
 
 
 # --- several models ---------------------------------------------------------------------------------------------------
@@ -409,6 +409,28 @@ def test_before_peft_a_hidden_site_that_lora_escapes_is_refused(zoo: Any) -> Non
             zoo.run(model, zoo.inputs("llama"))
 
 
+def test_before_peft_embeddings_that_lora_wraps_are_refused(zoo: Any) -> None:
+    base = zoo.build("llama")
+    with attach(base, Method([Site("input", rate=0.5)])):
+        model = lora(base, "embed_tokens")
+        with pytest.raises(MethodError) as caught:
+            zoo.run(model, zoo.inputs("llama"))
+    assert text_of(caught) == (
+        "LlamaForCausalLM was wrapped after attaching, outside input\n"
+        "  hint: attach() to the model that is trained, after PEFT has wrapped it"
+    )
+
+
+def test_detaching_after_the_adapter_is_gone_brings_nothing_back(zoo: Any) -> None:
+    model = lora(zoo.build("bert"), "query")
+    attachment = attach(model, "lora-dropout")
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["query"]))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    attachment.detach()
+    assert [n for n, _ in model.named_modules() if n.endswith("lora_dropout.default")] == []
+
+
 def test_lora_dropout_is_pefts_own(zoo: Any) -> None:
     """Same modules, and under one seed the same numbers, as an adapter built with lora_dropout."""
     batch = zoo.inputs("bert")
@@ -548,6 +570,35 @@ def test_attention_outside_the_interface_is_refused(zoo: Any, name: str, kind: s
         "  hint: hkft acts there; families that write attention out in their own forward cannot be served"
     )
     assert attached(model) is None
+
+
+def test_embeddings_that_are_a_convolution_are_refused() -> None:
+    """CLIP's: its output is [B,D,H,W], where the last size is no token's."""
+    config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    with pytest.raises(MethodError) as caught:
+        attach(CLIPVisionModel(config), Method([Site("input", rate=0.5)]))
+    assert text_of(caught) == (
+        "input: CLIPVisionModel embeds its inputs by a convolution, whose output is not [B,L,D]\n"
+        "  hint: use another position"
+    )
+
+
+def test_a_span_of_tokens_is_refused_where_samples_share_a_row() -> None:
+    """Qwen2-VL's vision: the patches of all images stand in one [N,D]; elements and tokens may still be dropped."""
+    sizes = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+    config = Qwen2VLVisionConfig(**sizes, spatial_merge_size=2, temporal_patch_size=1)
+    model = Qwen2VisionTransformerPretrainedModel(config).train()
+    patches, grid = torch.randn(24, 48), torch.tensor([[1, 4, 4], [1, 2, 4]])
+    for pattern in ("element", "column"):
+        with attach(model, Method([Site("hidden", pattern, rate=0.5)])) as attachment:
+            model(patches, grid)
+            assert 0 < attachment.report()[0]["measured"] < 1
+    with attach(model, Method([Site("hidden", "span", rate=0.5)])), pytest.raises(MethodError) as caught:
+        model(patches, grid)
+    assert text_of(caught) == (
+        "pattern of hidden: this model has the tokens of all samples in one row, and a span would run across them\n"
+        "  found: span\n  allowed: element, column"
+    )
 
 
 def test_a_model_that_is_not_of_transformers_is_refused() -> None:

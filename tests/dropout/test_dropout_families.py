@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from hkft import attach
 from hkft.dropout import families
 from hkft.errors import MethodError
 
@@ -47,7 +48,12 @@ OTHERS = {
     "MobileBertConfig": {"output.dense", "output.bottleneck.dense"},
     "T5GemmaConfig": {"mlp.down_proj"},
     "XmodConfig": {"output.dense"},
+    "DFineConfig": {"mlp.layers.1"},
+    "Deimv2Config": {"mlp.layers.1", "mlp.down_proj"},
+    "Gemma3nTextConfig": {"mlp.down_proj"},
+    "VoxtralRealtimeConfig": {"mlp.down_proj", "mlp.fc2"},
 }
+UNCERTAIN = {"HiggsAudioV2Config", "MobileBertConfig", "Wav2Vec2BertConfig"}  # FFNs side by side, or stacked
 
 
 def names(model: Any) -> set[str]:
@@ -61,19 +67,57 @@ def test_ffn_output_of_every_family(zoo: Any, family: str) -> None:
     assert all(layer.causal == (family not in ENCODERS) for layer in families.find(model).layers)
 
 
-@pytest.mark.parametrize("kind", OTHERS)
-def test_ffn_output_elsewhere_is_right_or_refused(kind: str) -> None:
+def on_meta(kind: str) -> Any:
+    """A model of the configuration's own sizes, one layer deep, without weights."""
     config = getattr(transformers, kind)()
     for part in (config, getattr(config, "encoder", None), getattr(config, "decoder", None)):
         for key in ("num_hidden_layers", "encoder_layers", "decoder_layers"):
             if isinstance(getattr(part, key, None), int):
                 setattr(part, key, 1)
+        if hasattr(part, "num_kv_shared_layers"):
+            part.num_kv_shared_layers = 0  # type: ignore[union-attr]
         if isinstance(getattr(part, "layer_types", None), list):
             part.layer_types = part.layer_types[:1]  # type: ignore[union-attr]
     with torch.device("meta"):
-        model = transformers.AutoModel.from_config(config)
+        return transformers.AutoModel.from_config(config)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_ffn_output_elsewhere_is_right_or_refused(kind: str) -> None:
+    if not hasattr(transformers, kind):
+        pytest.skip("a family of a later transformers")
+    model = on_meta(kind)
     try:
         found = names(model)
     except MethodError:
         return
     assert found <= OTHERS[kind]
+
+
+@pytest.mark.parametrize("kind", sorted(UNCERTAIN))
+def test_where_several_maps_may_be_the_ffn_output_only_hidden_is_refused(kind: str) -> None:
+    if not hasattr(transformers, kind):
+        pytest.skip("a family of a later transformers")
+    model = on_meta(kind)
+    with pytest.raises(MethodError, match=r"it may be \S+ or \S+"):
+        attach(model, "hiddencut")
+    attach(model, "dropkey").detach()
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("GptOssConfig", "has attention sinks, which take part in the softmax"),
+        ("Inkling2TextConfig", "has attention sinks, which take part in the softmax"),
+        (
+            "DeepseekV32Config",
+            "chooses the keys of each query itself, in a way that hangs on the name of the attention backend",
+        ),
+    ],
+)
+def test_attention_that_hkft_would_compute_otherwise_is_refused(kind: str, reason: str) -> None:
+    if not hasattr(transformers, kind):
+        pytest.skip("a family of a later transformers")
+    model = on_meta(kind)
+    with pytest.raises(MethodError, match=f"Attention {reason}$"):
+        attach(model, "dropkey")

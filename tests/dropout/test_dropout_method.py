@@ -98,6 +98,14 @@ ILLEGAL: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Site("hidden", layers=[True]),
         "layers: layers are different whole numbers from 0\n  found: [True]\n" + LAYERS,
     ),
+    "no layer": (
+        lambda: Site("hidden", layers=[]),
+        "layers: layers are different whole numbers from 0\n  found: []\n" + LAYERS,
+    ),
+    "a layer twice": (
+        lambda: Site("hidden", layers=[1, 2, 1]),
+        "layers: layers are different whole numbers from 0\n  found: [1, 2, 1]\n" + LAYERS,
+    ),
     "kind": (
         lambda: Consistency("KL"),  # type: ignore[arg-type]
         "kind: there is no kind 'KL'\n  allowed: kl, js, js_symmetric",
@@ -152,8 +160,9 @@ def test_the_illegal_is_refused_in_these_words(case: str) -> None:
         lambda: Site("hidden", layers=None),
         lambda: Consistency(weight="1"),
         lambda: find(["dropkey"]),
+        lambda: Site(["hidden"]),
     ],
-    ids=["layers a number", "layers null", "weight in words", "method a list"],
+    ids=["layers a number", "layers null", "weight in words", "method a list", "position a list"],
 )
 def test_a_value_of_the_wrong_type_is_the_users_fault_too(make: Callable[[], Any]) -> None:
     with pytest.raises(MethodError):
