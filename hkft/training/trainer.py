@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Trainer as TransformersTrainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hkft.dropout.attach import attach
 from hkft.dropout.method import Method
 from hkft.errors import DivergedError
 from hkft.training.objective import IGNORED, objective
+
+
+class ReplayedSampler(LengthGroupedSampler):
+    """Batches of like length, in an order that follows from the seed and the epoch alone.
+
+    transformers' own draws it from the global generator, whose state at an epoch's beginning a run that is resumed in
+    its middle does not have: rows would be trained on twice, and others not at all.
+    """
+
+    seed = 0
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        return super().__iter__()
 
 
 class Trainer(TransformersTrainer):
@@ -38,6 +59,14 @@ class Trainer(TransformersTrainer):
         self.tokens_seen: Tensor | int = 0
         self.samples_seen = 0
         self._parts: list[tuple[Tensor, Tensor | None]] = []
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        replayed = ReplayedSampler(sampler.batch_size, lengths=sampler.lengths)
+        replayed.seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return replayed
 
     def compute_loss(
         self,

@@ -200,11 +200,12 @@ def test_what_is_wrong_before_training_leaves_nothing_behind(recipe_file, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_an_interrupted_run_resumes_to_the_same_end(recipe_file, tmp_path):
+@pytest.mark.parametrize("at", [2, 6, 8, 13])  # before the first look, within both epochs, and between them
+def test_an_interrupted_run_resumes_to_the_same_end(recipe_file, tmp_path, at):
     whole = run.train(load(recipe_file), tmp_path / "whole")
 
     def interrupt(event: Event) -> None:
-        if isinstance(event, Evaluated) and event.step == 8:
+        if isinstance(event, TrainStep) and event.step == at:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
@@ -221,6 +222,8 @@ def test_an_interrupted_run_resumes_to_the_same_end(recipe_file, tmp_path):
     curves = [[(seen["step"], seen["validation"]["loss"]) for seen in one.records("eval")] for one in (whole, cut)]
     assert [step for step, _ in curves[1]] == [0, 4, 8, 12, 16]
     assert [loss for _, loss in curves[1]] == pytest.approx([loss for _, loss in curves[0]], rel=1e-5)
+    steps = [{seen["step"]: seen["objective"] for seen in one.records("train")} for one in (whole, cut)]
+    assert steps[1] == pytest.approx(steps[0], rel=1e-5)
 
 
 def test_rate_zero_says_that_the_consistency_is_left_out(recipe_file, tmp_path):
