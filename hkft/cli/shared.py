@@ -53,13 +53,20 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
 
             show_error(told)
             raise typer.Exit(told.exit_code) from None
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, RuntimeError) as error:
+            if not _interrupted(error):
+                raise
             if kwargs.get("json"):
                 show_json({"error": "KeyboardInterrupt", "exit_code": INTERRUPTED, "problems": []})
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
 
     return run
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether it is Ctrl-C, or came of it: Python wraps what is raised while a class is made, as at an import."""
+    return error is not None and (isinstance(error, KeyboardInterrupt) or _interrupted(error.__cause__))
 
 
 def quiet(tell: Listener) -> None:

@@ -22,9 +22,12 @@ _LONGEST_FIELD = 2**31 - 1  # csv's own limit, 128 KiB, is shorter than a long d
 def parse_delimited(text: str, where: str, delimiter: str) -> dict[str, list[str]]:
     """Column name -> cells, from text whose first record is the header.
 
-    Blank lines are skipped. Raises DataError, with the line, for a file without rows, a row of another width than the
+    Blank lines are skipped. A csv whose header has no comma but another separator, as a spreadsheet set to another
+    country writes it, is read by that one. Raises DataError, with the line, for a file without rows, a row of another width than the
     header, a quote that never closes, two columns of one name.
     """
+    if delimiter == ",":
+        delimiter = _separator(text)
     limit = csv.field_size_limit(_LONGEST_FIELD)
     try:
         records = _tabbed(text) if delimiter == "\t" else list(_records(text, delimiter))
@@ -46,6 +49,11 @@ def parse_delimited(text: str, where: str, delimiter: str) -> dict[str, list[str
     if ragged := _ragged(records):
         raise _uneven(ragged, names, where, delimiter)
     return dict(zip(names, map(list, zip(*(fields for _, fields in rows), strict=True)), strict=True))
+
+
+def _separator(text: str) -> str:
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    return next((sign for sign in (",", ";", "\t", "|") if sign in header), ",")
 
 
 def _records(text: str, delimiter: str, quoted: bool = True) -> Iterator[Record]:

@@ -36,7 +36,8 @@ def read_file(path: Path) -> pa.Table:
             "this is a folder, not a file", where=where, found=", ".join(inside[:5]) or "no data file in it"
         )
     if not path.exists():
-        raise DataError("there is no such file", where=where, hint=neighbour(path))
+        here = None if path.is_absolute() else f"a relative path is looked for from {Path.cwd()}"
+        raise DataError("there is no such file", where=where, hint=neighbour(path) or here)
     kind = _kind(path)
     if kind not in KINDS:
         allowed = ", ".join(kind.removeprefix(".") for kind in KINDS)

@@ -69,6 +69,8 @@ def load(
         taken["test"] = _read("test", recipe, known, tell).rows
     limits = {"train": data.train_rows, "validation": data.validation_rows}
     final = {name: _limited(taken[name], limits.get(name), recipe.seed, name, tell) for name in NAMES if name in splits}
+    if "train" in final:
+        _check_labels(final["train"], final.get("validation"), known, recipe, tell)
     repeated = _duplicates(final["train"], final["validation"], tell) if {"train", "validation"} <= set(splits) else 0
     return Splits(
         final.get("train"),
@@ -115,6 +117,30 @@ def _fraction(value: float) -> float:
     return value
 
 
+def _check_labels(
+    train: datasets.Dataset,
+    validation: datasets.Dataset | None,
+    names: tuple[str, ...] | None,
+    recipe: DataRecipe,
+    tell: Listener,
+) -> None:
+    """Raise DataError where the training rows that are left have one label; say which of theirs validation lacks."""
+    seen = set(cells_of(train, "label"))
+    if len(seen) < 2:
+        one = seen.pop() if names is None else names[seen.pop()]
+        rows = f"{len(train):,} row{'s' * (len(train) != 1)}"
+        raise DataError(
+            "every training row has the same label: there is nothing to learn",
+            where=recipe.data.train,
+            found=f"{one!r} in {rows}",
+            hint="data.train_rows leaves too few" if recipe.data.train_rows else None,
+        )
+    if names is not None and validation is not None:
+        lacking = [names[index] for index in sorted(seen - set(cells_of(validation, "label")))]
+        if lacking:
+            tell(Notice(f"no validation row is of class {', '.join(lacking)}", level="warning"))
+
+
 def _keys(split: datasets.Dataset) -> list[tuple[str, ...]]:
     """What makes two rows the same example: their text, letter case and white space aside."""
     columns = [cells_of(split, name) for name in ("text", "text_pair") if name in split.column_names]
@@ -128,10 +154,13 @@ def _part(train: Rows, fraction: float, recipe: DataRecipe) -> tuple[datasets.Da
     strata = cells_of(train.rows, "label") if recipe.task == "classification" else [0] * len(groups)
     held = hold_out(groups, strata, fraction, recipe.seed)
     if not held.any():
+        classes = len(set(strata))
+        found = f"{len(groups):,} rows, {len(numbered):,} different"
         raise DataError(
-            "too few different texts to draw a validation set from",
+            "too few different texts of each class to draw a validation set from",
             where=recipe.data.train,
-            found=f"{len(groups):,} rows, {len(numbered):,} different",
+            found=f"{found}, {classes:,} classes" if recipe.task == "classification" else found,
+            hint=f"is {recipe.data.label!r} the column of the labels?" if 2 * classes > len(groups) > 2 else None,
         )
     return train.rows.select(np.flatnonzero(~held)), train.rows.select(np.flatnonzero(held))
 

@@ -41,6 +41,7 @@ TRAIN_DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "train_sampling_strategy": "group_by_length",
     "logging_steps": 10,
+    "logging_first_step": True,  # so that a run shorter than that has its objective too
     "report_to": "none",
 }
 

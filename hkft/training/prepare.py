@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from hkft.data import probe, splits, tokenise
-from hkft.errors import RecipeError, nearest
+from hkft.errors import DataError, RecipeError, nearest
 from hkft.evaluation.metrics import score
 from hkft.events import Listener, Notice, Stage
 from hkft.folder import RunFolder
@@ -48,6 +48,11 @@ def prepare(recipe: Recipe, tell: Listener) -> Material:
     chosen = probe.probe_indices(
         rows.train["label"], rows.validation["label"], recipe.diagnostics.probe_size, recipe.seed, recipe.task
     )
+    if not chosen:
+        raise DataError(
+            "no training row has a label like those of validation, so the gap cannot be measured like for like",
+            where="data.validation",
+        )
     examples["train_probe"] = examples["train"].select(chosen)
     wanted = min(recipe.diagnostics.probe_size or len(rows.validation), len(rows.validation))
     if len(rows.validation) < FEW:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -148,7 +149,9 @@ def _fit(begun: Begun) -> None:
     trainer.add_callback(watcher)
     trainable, total = build.parameters(_adapted(trainer))
     tell(started(recipe, material, folder, trainer, watcher, trainable, total))
-    facts = {"trainable_parameters": trainable, "total_parameters": total}
+    facts: dict[str, Any] = {"trainable_parameters": trainable, "total_parameters": total}
+    if resume and folder.summary.exists():
+        facts["recipe"] = read_json(folder.summary)["recipe"]  # resolved.yaml, by which it may go on, is not its name
     write_json(folder.summary, summarise(recipe, watcher, trainer, "running", facts))
     status = "failed"
     environment.forget_peak(trainer.args.device)

@@ -77,5 +77,5 @@ def finish(event: Finished) -> Iterator[str]:
     for position, pattern, layers, calls, expected, measured in words.site_rows(event.sites):
         yield f"dropout {position}/{pattern}, layers {layers}: calls {calls}, rate {expected}, measured {measured}"
     yield f"run folder: {event.run}"
-    for command in words.next_commands(event.run):
+    for command in words.next_commands(event.run, event.summary):
         yield f"next: {command}"

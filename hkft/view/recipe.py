@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def show_provenance(recipe: Recipe) -> None:
     """Every value of the recipe, and where it came from."""
     values = _flat(recipe.model_dump())
-    rows = [[key, _short(values.get(key)), origin] for key, origin in recipe.provenance.items()]
+    rows = [[key, _short(values[key]), origin] for key, origin in recipe.provenance.items()]
     table(["key", "value", "from"], rows, recipe.name)
 
 
@@ -62,10 +62,15 @@ def show_method(method: Method) -> None:
     say(console, f"dropout: {{method: {method.name}, rate: 0.1}}\n\nor, in full:\n\n{text}")
 
 
-def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+def _flat(value: Any, above: str = "") -> dict[str, Any]:
+    """Values by dotted key, as `Recipe.provenance` names them: a list of records by their numbers."""
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        value = {str(index): item for index, item in enumerate(value)}
+    if not isinstance(value, Mapping) or not value:
+        return {above: value}
     flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {above + key: value}
+    for key, item in value.items():
+        flat |= _flat(item, f"{above}.{key}" if above else key)
     return flat
 
 

@@ -97,7 +97,7 @@ def report(screen: Screen, finished: Finished, width: int, ascii_only: bool) -> 
     parts.append(Text.assemble(("run folder  ", "dim"), finished.run, overflow="fold"))
     parts += [
         Text.assemble(("next        ", "dim"), (command, "bold"), overflow="fold")
-        for command in words.next_commands(finished.run)
+        for command in words.next_commands(finished.run, finished.summary)
     ]
     return Constrain(Group(*parts), width)
 

@@ -143,9 +143,15 @@ def ranges(layers: Sequence[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "-"
 
 
-def next_commands(run: str) -> list[str]:
-    """What to type after a run."""
-    return [f"hkft merge {shlex.quote(run)} --output merged", f"hkft eval {shlex.quote(run)}"]
+def next_commands(run: str, summary: Mapping[str, Any]) -> list[str]:
+    """What to type after a run: what was interrupted goes on; what has an adapter can be merged and evaluated."""
+    folder = shlex.quote(run)
+    commands = []
+    if summary["status"] == "interrupted":
+        commands.append(f"hkft train --recipe {folder}/resolved.yaml --output {folder} --resume")
+    if summary.get("best"):
+        commands += [f"hkft merge {folder} --output merged", f"hkft eval {folder}"]
+    return commands
 
 
 def _measured(site: Mapping[str, Any]) -> str:

@@ -277,7 +277,8 @@ def test_the_other_commands_alike(hkft, tiny, args, code, said):
         (
             ["--split", "unseen.csv"],
             3,
-            "error: there is no such file\n  where    unseen.csv\n",
+            "error: there is no such file\n  where    unseen.csv\n"
+            "  hint     a relative path is looked for from {here}\n",
         ),
         (
             ["--split", "test"],
@@ -297,7 +298,7 @@ def test_eval_on_what_cannot_be_evaluated(hkft, run, args, code, said):
     Path("other.csv").write_text("sentence,label\na good film,positive\n")
     ran = hkft("eval", run, *args)
     assert (ran.code, ran.out) == (code, "")
-    assert ran.err[ran.err.index("error: ") :] == said
+    assert ran.err[ran.err.index("error: ") :] == said.format(here=Path.cwd())
     assert {path.name for path in (run / "predictions").iterdir()} == {"train_probe.jsonl", "validation.jsonl"}
 
 

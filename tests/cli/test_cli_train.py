@@ -235,3 +235,54 @@ def test_no_step_is_no_run(hkft, tiny):
 def test_few_validation_rows_are_said_to_be_few(hkft, tiny):
     ran = hkft("train", "--recipe", tiny, "--output", "run", "--set", "data.validation_rows=6")
     assert "warning: only 6 validation rows: what is measured on them is mostly noise\n" in ran.err
+
+
+def test_a_correlation_that_is_none_is_no_traceback(hkft, tiny):
+    """All validation rows have one number: Pearson's r of it is undefined."""
+    lines = Path("reviews.csv").read_text(encoding="utf-8").splitlines()
+    stars = lines[1].rpartition(",")[2]  # of a training row, for the probe
+    Path("same.csv").write_text("\n".join([lines[0], *(f"a film {n},b,positive,{stars}" for n in range(20))]) + "\n")
+    settings = ["task=regression", "data.label=stars", "data.validation=same.csv"]
+    ran = hkft("train", "--recipe", tiny, "--output", "run", *(word for one in settings for word in ("--set", one)))
+    assert ran.code == 0, ran.err
+    assert "validation pearson - (gap -)" in ran.err
+    assert {"report.html", "README.md"} <= {path.name for path in Path("run").iterdir()}
+    assert hkft("eval", "run").code == 0
+    assert hkft("compare", "run").code == 0
+
+
+@pytest.mark.usefixtures("interrupting")
+def test_an_interrupted_run_names_the_command_that_goes_on_and_keeps_its_name(hkft, tiny):
+    ran = hkft("train", "--recipe", tiny, "--output", "run", "--set", "train.num_train_epochs=4")
+    assert ran.code == INTERRUPTED
+    resume = "hkft train --recipe run/resolved.yaml --output run --resume"
+    assert f"next: {resume}\n" in ran.err
+
+
+def test_a_dry_run_shows_the_values_of_a_full_record(hkft, tiny):
+    sites = "dropout.sites=[{position: hidden, pattern: span}, {position: input}]"
+    ran = hkft("train", "--recipe", tiny, "--dry-run", "--set", sites)
+    shown = {line.split()[0]: line.split()[1] for line in ran.out.splitlines() if line.startswith("dropout.sites.")}
+    assert shown["dropout.sites.0.position"] == "hidden"
+    assert shown["dropout.sites.0.pattern"] == "span"
+    assert shown["dropout.sites.1.position"] == "input"
+    assert shown["dropout.sites.1.layers"] == "auto"
+
+
+def test_ctrl_c_within_an_import_is_ctrl_c(hkft, tiny, monkeypatch):
+    """Python 3.11 wraps what is raised while a class is made: seen in the imports of PEFT."""
+
+    def importing(*_: object, **__: object) -> None:
+        raise RuntimeError("Error calling __set_name__ on 'Field' instance 'r'") from KeyboardInterrupt()
+
+    monkeypatch.setattr("hkft.api.train", importing)
+    assert hkft("train", "--recipe", tiny, "--output", "run").code == INTERRUPTED
+
+
+def test_a_validation_set_unlike_any_training_row_is_refused(hkft, tiny):
+    Path("far.csv").write_text("text,stars\n" + "".join(f"a film {n},{90 + n}\n" for n in range(20)))
+    settings = ["task=regression", "data.label=stars", "data.validation=far.csv"]
+    ran = hkft("train", "--recipe", tiny, "--output", "run", *(word for one in settings for word in ("--set", one)))
+    assert ran.code == 3
+    assert "error: no training row has a label like those of validation" in ran.err
+    assert not Path("run").exists()

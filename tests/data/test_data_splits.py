@@ -166,7 +166,7 @@ def test_a_runs_own_labels_map_another_file(write, recipe, tell):
         (
             "classification",
             "what;ever\na;1\n",
-            "{path}: there is no column 'label'\n  found: what;ever\n  hint: the columns seem to be separated by ';'\n",
+            "{path}: there is no column 'label'\n  found: what, ever\n  hint: data.label names it; the first line is read as the header\n",
         ),
         (
             "classification",
@@ -313,3 +313,40 @@ def test_a_source_that_cannot_be_had_is_told_with_its_key(write, recipe, tell, n
         f"data.{name}: package:no_such_package/rows.csv: the Python package 'no_such_package' is not installed\n"
         f"  hint: pip install no-such-package, or --set data.{name}=FILE names a local one{more}"
     )
+
+
+@pytest.mark.parametrize("sign", [";", "\t", "|"])
+def test_a_csv_of_another_country(write, recipe, tell, sign):
+    lines = [f"text{sign}label", f"good, bright{sign}a", f'"so{sign}so, really"{sign}b', f"dull, cold{sign}a"]
+    got = load(recipe(train=write("t.csv", "\n".join(lines)), validation=0.5), tell, ("train", "validation"))
+    texts = {*got.train["text"][:], *got.validation["text"][:]}
+    assert texts == {"good, bright", f"so{sign}so, really", "dull, cold"}
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_one_label_left_by_the_limit_is_refused(write, recipe, tell, task):
+    path = write("t.csv", csv([("t1", "1"), ("t2", "0")]))
+    with pytest.raises(DataError) as caught:
+        load(recipe(task=task, train=path, validation=path, train_rows=1), tell)
+    assert "every training row has the same label: there is nothing to learn" in str(caught.value)
+    assert "hint: data.train_rows leaves too few" in str(caught.value)
+
+
+def test_a_regression_on_one_number_is_refused(write, recipe, tell):
+    path = write("t.csv", csv((f"t{n}", "3") for n in range(9)))
+    with pytest.raises(DataError, match="every training row has the same label") as caught:
+        load(recipe(task="regression", train=path, validation=0.3), tell)
+    assert caught.value.problems[0].found == "3.0 in 6 rows"
+
+
+def test_a_class_that_validation_lacks_is_told(write, recipe, tell):
+    load(recipe(train=write("t.csv", many(8, "abc")), validation=write("v.csv", csv([("x", "a"), ("y", "c")]))), tell)
+    assert "no validation row is of class b" in tell.notices
+
+
+def test_a_label_of_its_own_for_every_row_is_probably_the_wrong_column(write, recipe, tell):
+    with pytest.raises(DataError) as caught:
+        load(recipe(train=write("t.csv", csv((f"t{n}", f"id{n}") for n in range(9))), validation=0.3), tell)
+    (problem,) = caught.value.problems
+    assert problem.found == "9 rows, 9 different, 9 classes"
+    assert problem.hint == "is 'label' the column of the labels?"

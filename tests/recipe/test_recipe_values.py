@@ -110,6 +110,7 @@ def test_defaults(recipe):
         "weight_decay": 0.0,
         "train_sampling_strategy": "group_by_length",
         "logging_steps": 10,
+        "logging_first_step": True,
         "report_to": "none",
     }
     assert made.method == METHODS["hiddenkey"].with_rate(0.1)

@@ -14,7 +14,7 @@ import pytest
 from hkft import api
 from hkft.errors import DivergedError, MethodError, RecipeError, UsageError
 from hkft.evaluation import saved
-from hkft.events import Evaluated, Event, TrainStep
+from hkft.events import Event, TrainStep
 from hkft.folder import RunFolder, read_json
 from hkft.recipe import load
 from hkft.training import looks, run
