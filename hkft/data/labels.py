@@ -12,6 +12,7 @@ from hkft.errors import DataError, nearest
 from hkft.events import Listener, Notice
 
 MANY = 10  # more fractional values than this are a scale, not classes
+_ABSENT = {"na", "n/a", "nan", "null", "none", "?", "-"}  # what other tools write for "no value"
 
 
 def class_texts(cells: Sequence[Any], feature: Any, where: str) -> list[str | None]:
@@ -57,6 +58,14 @@ def class_names(texts: Sequence[str | None], feature: Any, where: str) -> tuple[
             hint="this looks like `task: regression`",
         )
     return names
+
+
+def tell_absent(texts: Sequence[str | None], names: Sequence[str], where: str, tell: Listener) -> None:
+    """Say which classes are spelled as other tools spell a missing label: hkft takes them at their word."""
+    for name in names:
+        if name.casefold() in _ABSENT and (rows := sum(text == name for text in texts)):
+            hint = "leave the cell empty where there is no label"
+            tell(Notice(f"{where}: {name!r} is a class of {rows:,} rows; {hint}", level="warning"))
 
 
 def class_indices(

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import datasets
 
-from hkft.data.labels import class_indices, class_names, class_texts, numbers
+from hkft.data.labels import class_indices, class_names, class_texts, numbers, tell_absent
 from hkft.data.sources import read
 from hkft.errors import DataError, Problem, UsageError, nearest
 from hkft.events import Listener, Notice
@@ -182,7 +182,9 @@ def _labels(
             hint="some test sets hide theirs: they can be predicted on, not trained or evaluated on",
         )
     if task == "classification":
-        names = class_names(values, feature, where) if names is None else names
+        if names is None:
+            names = class_names(values, feature, where)
+            tell_absent(values, names, where, tell)
         values = class_indices(values, feature, names, ids, where, tell)
     return values, names
 

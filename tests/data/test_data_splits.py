@@ -105,6 +105,15 @@ def test_rows_without_text_or_label_are_left_out_aloud(write, recipe, tell):
     assert f"{path}: 3 of 5 rows left out (2 without text, 1 without a label)" in tell.notices
 
 
+@pytest.mark.parametrize(("word", "told"), [("nan", True), ("NA", True), ("none", True), ("nano", False)])
+def test_a_word_for_no_value_is_a_class_and_that_is_told(write, recipe, tell, word, told):
+    path = write("t.csv", csv([("x", "yes"), ("y", word), ("z", "no"), ("w", word), ("v", "yes")]))
+    got = load(recipe(train=path, validation=path), tell)
+    assert word in got.labels
+    notice = f"{path}: label: {word!r} is a class of 2 rows; leave the cell empty where there is no label"
+    assert (notice in tell.notices) == told
+
+
 def test_an_unseen_label_is_named_with_its_row(write, recipe, tell):
     validation = write("v.csv", csv([("x", "a"), ("y", "bb")]))
     with pytest.raises(DataError) as caught:
