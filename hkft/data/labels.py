@@ -64,8 +64,8 @@ def tell_absent(texts: Sequence[str | None], names: Sequence[str], where: str, t
     """Say which classes are spelled as other tools spell a missing label: hkft takes them at their word."""
     for name in names:
         if name.casefold() in _ABSENT and (rows := sum(text == name for text in texts)):
-            hint = "leave the cell empty where there is no label"
-            tell(Notice(f"{where}: {name!r} is a class of {rows:,} rows; {hint}", level="warning"))
+            counted = f"{rows:,} row{'s' * (rows != 1)}"
+            tell(Notice(f"{where}: {name!r} is a class of {counted}; leave the cell empty where there is no label"))
 
 
 def class_indices(

@@ -184,7 +184,8 @@ def _labels(
     if task == "classification":
         if names is None:
             names = class_names(values, feature, where)
-            tell_absent(values, names, where, tell)
+            if not isinstance(feature, datasets.ClassLabel):  # whoever declared its names meant them
+                tell_absent(values, names, where, tell)
         values = class_indices(values, feature, names, ids, where, tell)
     return values, names
 

@@ -114,6 +114,15 @@ def test_a_word_for_no_value_is_a_class_and_that_is_told(write, recipe, tell, wo
     assert (notice in tell.notices) == told
 
 
+def test_a_declared_class_may_be_called_none(tmp_path, recipe, tell):
+    feature = datasets.ClassLabel(names=["none", "joy"])
+    table = datasets.Dataset.from_dict({"text": list("abcd"), "label": [0, 1, 0, 1]})
+    path = str(tmp_path / "t.parquet")
+    table.cast_column("label", feature).to_parquet(path)
+    assert load(recipe(train=path, validation=path), tell).labels == ("none", "joy")
+    assert not any("'none' is a class" in notice for notice in tell.notices)
+
+
 def test_an_unseen_label_is_named_with_its_row(write, recipe, tell):
     validation = write("v.csv", csv([("x", "a"), ("y", "bb")]))
     with pytest.raises(DataError) as caught:
