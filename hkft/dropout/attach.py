@@ -1,118 +1,27 @@
 """attach(model, method) -> Attachment: put a method on a model, and take it off again without a trace.
 
-The attention positions go through transformers' AttentionInterface and AttentionMaskInterface; the others are forward hooks.
-What a layer drops stands on its own module, so two models with two methods, or a deep copy, never share anything but the
-stateless function of the interface. In eval mode everything hands over to the family's own attention.
+Each site becomes a Dropper in every layer chosen. The attention positions go through transformers' AttentionInterface (see
+`interface`), the others are forward hooks (see `dropper`). The method is proven in the first training pass.
 """
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import create_position_bias_mask, repeat_kv, sdpa_attention_forward
 
-from hkft.dropout import attention, families
-from hkft.dropout.hidden import hiddencut
-from hkft.dropout.masks import PATTERNS, uniform
-from hkft.dropout.method import PER_LAYER, Method, Site, find
+from hkft.dropout import families, interface
+from hkft.dropout.dropper import CountHook, DropHook, Dropper
+from hkft.dropout.method import LORA, PER_LAYER, Method, Site, find
 from hkft.errors import MethodError
 
-_STATE = "_hkft_site"  # on an attention module: what it drops
 _ATTACHMENT = "_hkft_attachment"  # on the transformers model
-_BACKENDS = ("sdpa", "eager")  # what hkft can stand in for
-_PREFIX = "hkft_"
-_MEASURED = 32  # calls whose masks are counted in full; after them every 16th
-
-
-@dataclass
-class Dropper:
-    """One site in one layer: draws masks at its rate, and counts what it did."""
-
-    site: Site
-    number: int  # of the site in its method
-    layer: int | None
-    rate: float
-    seed: int | None = None
-    calls: int = 0
-    drawn: int = 0
-    dropped: Tensor | None = None
-    generators: dict[str, torch.Generator] = field(default_factory=dict)
-
-    def draw(self, full: Sequence[int], units: Sequence[int], device: torch.device) -> Tensor:
-        """A keep-mask of the site's pattern: shape `full` for elements, `units` for columns and spans."""
-        keep = PATTERNS[self.site.pattern](full, units, self.rate, uniform(device, self._generator(device)))
-        self.calls += 1
-        if self.calls <= _MEASURED or self.calls % 16 == 0:
-            dropped = keep.numel() - torch.count_nonzero(keep)
-            self.dropped = dropped if self.dropped is None else self.dropped + dropped  # stays on its device: no wait
-            self.drawn += keep.numel()
-        return keep
-
-    def _generator(self, device: torch.device) -> torch.Generator | None:
-        if self.seed is None:
-            return None
-        if str(device) not in self.generators:
-            self.generators[str(device)] = torch.Generator(device).manual_seed(self.seed)
-        return self.generators[str(device)]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For deepcopy and pickle, which cannot take a generator: the copy starts its own from the seed."""
-        return {**self.__dict__, "generators": {}}
-
-
-class HiddenHook:
-    """Forward hook: drops in a module's output, a tensor [B,L,D] or a tuple that begins with one."""
-
-    def __init__(self, dropper: Dropper) -> None:
-        self.dropper = dropper
-        self.batch: int | None = None
-
-    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the layer runs: its batch size, for a family (OPT) whose FFN sees the tokens of all rows as [B*L,D]."""
-        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        self.batch = len(x) if x.dim() > 2 else None
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not module.training or not self.dropper.rate:
-            return None
-        if isinstance(output, tuple):
-            return (self._drop(output[0]), *output[1:])
-        return self._drop(output)
-
-    def _drop(self, x: Tensor) -> Tensor:
-        site, batch = self.dropper.site, len(x) if x.dim() > 2 else self.batch
-        if batch is None and site.pattern == "span":
-            raise MethodError(
-                "this model has the tokens of all samples in one row, and a span would run across them",
-                where=f"pattern of {site.position}",
-                found="span",
-                allowed="element, column",
-            )
-        tokens = x.reshape(batch or 1, -1, x.shape[-1])
-        keep = self.dropper.draw(tokens.shape, tokens.shape[:-1], x.device)
-        if site.pattern != "element":
-            keep = keep.unsqueeze(-1)
-        assert site.rescale is not None
-        return hiddencut(tokens, keep, self.dropper.rate, site.rescale).view(x.shape)
-
-
-class CountHook:
-    """Forward hook on PEFT's own dropout module: counts its calls. PyTorch draws the mask, so its rate is not measured."""
-
-    def __init__(self, dropper: Dropper) -> None:
-        self.dropper = dropper
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module.training:
-            self.dropper.calls += 1
 
 
 class ProofHook:
@@ -135,9 +44,11 @@ class ProofHook:
         if self.proven:
             return
         name, after = type(family.model).__name__, "attach() to the model that is trained, after PEFT has wrapped it"
-        silent = [d for d in droppers if d.rate and not d.calls]
+        silent = [d for d in droppers if d.rate and not d.fired]
         if silent and not getattr(family.model.config, "layerdrop", 0):
             raise MethodError(f"{name} went through a training pass without firing {_names(silent)}", hint=after)
+        if torch.compiler.is_compiling():
+            return
         hooked = [d for d in droppers if d.site.position in ("hidden", "input", "output")]
         now = families.find(family.model) if hooked else family
         moved = [d for d in hooked if not _is_hooked(_hooked(now, d), d)]
@@ -160,7 +71,7 @@ def _hooked(family: families.Family, dropper: Dropper) -> nn.Module | None:
 
 def _is_hooked(module: nn.Module | None, dropper: Dropper) -> bool:
     return module is not None and any(
-        isinstance(hook, HiddenHook) and hook.dropper is dropper for hook in module._forward_hooks.values()
+        isinstance(hook, DropHook) and hook.dropper is dropper for hook in module._forward_hooks.values()
     )
 
 
@@ -178,35 +89,57 @@ class Attachment:
         self.droppers = droppers
         self.backend: str | None = None  # the attention that was there, while hkft stands in for it
         self._handles: list[RemovableHandle] = []
-        self._swapped: list[tuple[nn.ModuleDict, str]] = []
+        self._swapped: list[tuple[nn.ModuleDict, str, Dropper]] = []
+        self.costs: dict[int, float] = {}  # by the number of the site: see `selfcheck`
 
     @property
     def attached(self) -> bool:
         return getattr(self.family.model, _ATTACHMENT, None) is self
 
     def report(self) -> list[dict[str, Any]]:
-        """What fired since attaching, one record a site: position, pattern, rescale, layers, calls (over all layers),
-        expected and measured drop rate (means over the layers' masks; measured None before the first training pass, and
-        for `lora_input`, whose masks PyTorch draws), and `modules`, how many places drop.
+        """What fired since attaching, one record a site:
 
-        The measured rate is that of the masks as drawn, before `attention.protect` gives a row back its last key.
+        position, pattern, rescale; layers, and modules, how many places drop; calls, over all of them;
+        expected and measured: the drop rate, means over the layers' masks, as drawn (None before the first training pass,
+        and where PyTorch draws the masks: `lora_input` by element); protected: the share of attention rows in which
+        `attention.protect` gave a key back (None where there is no such rule);
+        cost: time of a training step with this site alone by that without any, as `self_check` measured it, else None.
+        Gradient checkpointing runs a layer twice, and counts twice.
         """
         return [self._report_of(number, site) for number, site in enumerate(self.method.sites)]
 
     def _report_of(self, number: int, site: Site) -> dict[str, Any]:
         mine = [d for d in self.droppers if d.number == number]
-        drawn = sum(d.drawn for d in mine)
-        dropped = sum(int(d.dropped) for d in mine if d.dropped is not None)
+        counts = [d.counted() for d in mine]
+        total = {name: sum(count[name] for count in counts) for name in (counts[0] if counts else ())}
         return {
             "position": site.position,
             "pattern": site.pattern,
             "rescale": site.rescale,
             "layers": sorted({d.layer for d in mine if d.layer is not None}),
             "modules": len(mine),
-            "calls": sum(d.calls for d in mine),
-            "expected": sum(d.rate for d in mine) / len(mine) if mine else 0.0,
-            "measured": dropped / drawn if drawn else None,
+            "calls": total["calls"],
+            "expected": sum(d.rate for d in mine) / len(mine),
+            "measured": total["dropped"] / total["drawn"] if total["drawn"] else None,
+            "protected": total["protected"] / total["rows"] if total["rows"] else None,
+            "cost": self.costs.get(number),
         }
+
+    @contextmanager
+    def rates(self, rates: Mapping[int, float]) -> Iterator[None]:
+        """For a while, the rate of every dropper of site number n is rates[n], or 0; then all is as it was."""
+        before = [d.rate for d in self.droppers]
+        self._set([rates.get(d.number, 0.0) for d in self.droppers])
+        try:
+            yield
+        finally:
+            self._set(before)
+
+    def _set(self, rates: list[float]) -> None:
+        for dropper, rate in zip(self.droppers, rates, strict=True):
+            dropper.rate = rate
+        for dropouts, name, dropper in self._swapped:
+            cast(nn.Dropout, dropouts[name]).p = dropper.rate
 
     def detach(self) -> None:
         """Take everything off: hooks, state, the interface's entries. Harmless when already done."""
@@ -214,15 +147,19 @@ class Attachment:
             return
         for handle in self._handles:
             handle.remove()
-        for dropouts, name in self._swapped:
+        for dropouts, name, _ in self._swapped:
             if name in dropouts:  # its adapter may have been deleted since
                 dropouts[name] = nn.Identity()
         for layer in self.family.layers:
-            layer.attention.__dict__.pop(_STATE, None)
+            for name in (interface.SITE, interface.GUIDE):
+                layer.attention.__dict__.pop(name, None)
         delattr(self.family.model, _ATTACHMENT)
         _LIVE.discard(self)
-        if self.backend:
-            _leave_interface(self)
+        users = [other for other in _LIVE if other.backend]
+        if self.backend and not any(other.family.model.config is self.family.model.config for other in users):
+            self.family.model.set_attn_implementation(self.backend)
+        if not users:
+            interface.unregister()
 
     def __enter__(self) -> Attachment:
         return self
@@ -235,7 +172,7 @@ class Attachment:
         self.__dict__.update(state)
         _LIVE.add(self)
         if self.backend:
-            _register()
+            interface.register()
 
 
 _LIVE: weakref.WeakSet[Attachment] = weakref.WeakSet()
@@ -268,8 +205,8 @@ def attach(model: nn.Module, method: str | Method, rate: float | None = None, *,
             _place(attachment, site, number, None if seed is None else seed + 1000 * number)
         if attachment.droppers:
             attachment._handles.append(model.register_forward_hook(ProofHook(attachment)))
-        if any(site.position.startswith("attention_") for site in method.sites):
-            _enter_interface(attachment)
+        if any(site.position.startswith("attention_") or site.start == "attended" for site in method.sites):
+            attachment.backend = interface.enter(family)
     except BaseException:
         attachment.detach()
         raise
@@ -285,7 +222,7 @@ def attached(model: nn.Module) -> Attachment | None:
 def _place(attachment: Attachment, site: Site, number: int, seed: int | None) -> None:
     """Put one site's droppers where they belong."""
     family = attachment.family
-    if site.position == "lora_input" and seed is not None:
+    if _is_pefts(site) and seed is not None:
         raise MethodError(
             "PEFT's dropout draws from torch's default generator: a seed cannot reach it",
             where="lora_input",
@@ -306,7 +243,7 @@ def _place(attachment: Attachment, site: Site, number: int, seed: int | None) ->
                 hint="use another position",
             )
         attachment.droppers.append(dropper)
-        attachment._handles.append(place.register_forward_hook(HiddenHook(dropper)))
+        attachment._handles.append(place.register_forward_hook(DropHook(dropper)))
         return
     chosen = family.chosen(cast("str | tuple[int, ...]", site.layers))
     for order, index in enumerate(chosen):
@@ -320,172 +257,66 @@ def _place(attachment: Attachment, site: Site, number: int, seed: int | None) ->
                     where="hidden",
                     hint="the attention positions work on this model",
                 )
-            hook = HiddenHook(dropper)
+            hook = DropHook(dropper)
             attachment._handles.append(layer.ffn_output.register_forward_hook(hook))
             attachment._handles.append(layer.block.register_forward_pre_hook(hook.see, with_kwargs=True))
-        elif site.position == "lora_input":
+            if site.start == "attended":
+                layer.attention.__dict__[interface.GUIDE] = dropper
+        elif site.position in LORA:
             _place_lora(attachment, layer, dropper)
             continue
         else:
-            layer.attention.__dict__[_STATE] = dropper
+            layer.attention.__dict__[interface.SITE] = dropper
         attachment.droppers.append(dropper)
 
 
+def _is_pefts(site: Site) -> bool:
+    """Whether the site is what `lora_dropout` does, and so is left to PEFT."""
+    return (site.position, site.pattern, site.rescale) == ("lora_input", "element", "inverse_keep")
+
+
 def _place_lora(attachment: Attachment, layer: families.Layer, dropper: Dropper) -> None:
-    """Set the rate of PEFT's own dropout in front of every A of a layer, exactly as `lora_dropout` would have."""
-    found = False
+    """Drop in the update of every active LoRA adapter of a layer."""
+    found = 0
     for module in layer.block.modules():
-        dropouts = getattr(module, "lora_dropout", None)
-        if not isinstance(dropouts, nn.ModuleDict):
-            continue
-        for name, current in dropouts.items():
-            if not isinstance(current, nn.Identity):
-                raise MethodError(
-                    "the adapter already has a lora_dropout of its own",
-                    hint="build it with lora_dropout=0.0, and let the method set the rate",
-                )
-            found = True
-            own = replace(dropper, generators={})
-            dropouts[name] = nn.Dropout(own.rate).train(module.training)
-            attachment._swapped.append((dropouts, name))
+        parts = [getattr(module, name, None) for name in ("lora_A", "lora_B", "lora_dropout")]
+        lora_a, lora_b, dropouts = (part if isinstance(part, nn.ModuleDict) else nn.ModuleDict() for part in parts)
+        active = getattr(module, "active_adapters", lora_a)
+        for name in [name for name in lora_a if name in active]:
+            seed = None if dropper.seed is None else dropper.seed + 100_000 * (found + 1)
+            own = replace(dropper, seed=seed, generators={})
+            found += 1
             attachment.droppers.append(own)
-            dropouts[name].register_forward_hook(CountHook(own))
+            if _is_pefts(dropper.site):
+                _swap_dropout(attachment, dropouts, name, own)
+                continue
+            if getattr(module, "lora_variant", {}).get(name) or getattr(module, "use_dora", {}).get(name):
+                raise MethodError(
+                    "a variant of LoRA, such as DoRA, uses A and B in other ways than one after the other",
+                    where=dropper.site.position,
+                    hint="lora_dropout's own place works: lora_input by element",
+                )
+            hook, position = DropHook(own), dropper.site.position
+            attachment._handles.append(
+                lora_a[name].register_forward_pre_hook(hook.before)
+                if position == "lora_input"
+                else (lora_a if position == "lora_rank" else lora_b)[name].register_forward_hook(hook)
+            )
     if not found:
         raise MethodError(
-            f"lora_input drops in front of LoRA's A matrices, and {layer.name} has none",
+            f"{dropper.site.position} drops in LoRA's update, and {layer.name} has none",
             hint="wrap the model with peft.get_peft_model first",
         )
 
 
-# --- transformers' two registries -------------------------------------------------------------------------------------
-
-
-def _enter_interface(attachment: Attachment) -> None:
-    """Route the model's attention through hkft, and prove that it goes there."""
-    model = attachment.family.model
-    current = model.config._attn_implementation or "eager"
-    backend = current.removeprefix(_PREFIX)  # another model may share the configuration object
-    if backend not in _BACKENDS:
+def _swap_dropout(attachment: Attachment, dropouts: nn.ModuleDict, name: str, dropper: Dropper) -> None:
+    """Set the rate of PEFT's own dropout in front of A, exactly as `lora_dropout` would have."""
+    current = dropouts[name]
+    if not isinstance(current, nn.Identity):
         raise MethodError(
-            f"the {backend} attention would bypass the method",
-            where="attn_implementation",
-            found=backend,
-            allowed=", ".join(_BACKENDS),
-            hint="model.set_attn_implementation('sdpa'), or load it with attn_implementation='sdpa'",
+            "the adapter already has a lora_dropout of its own",
+            hint="build it with lora_dropout=0.0, and let the method set the rate",
         )
-    _register()
-    attachment.backend = backend
-    model.set_attn_implementation(_PREFIX + backend)
-    wrong = [layer.name for layer in attachment.family.layers if _implementation(layer.attention) != _PREFIX + backend]
-    if model.config._attn_implementation != _PREFIX + backend or wrong:
-        raise MethodError(
-            f"{type(model).__name__} does not let its attention be set",
-            where=", ".join(wrong[:3]) or None,
-            hint="it does not follow transformers' AttentionInterface",
-        )
-
-
-def _leave_interface(attachment: Attachment) -> None:
-    assert attachment.backend is not None
-    model = attachment.family.model
-    if not any(other.family.model.config is model.config for other in _LIVE if other.backend):
-        model.set_attn_implementation(attachment.backend)
-    if not any(other.backend for other in _LIVE):
-        for backend in _BACKENDS:
-            AttentionInterface._global_mapping.pop(_PREFIX + backend, None)
-            AttentionMaskInterface._global_mapping.pop(_PREFIX + backend, None)
-
-
-def _register() -> None:
-    """Enter both registries: an attention function without its mask function would see no mask at all."""
-    for backend, function in (("sdpa", _attend_sdpa), ("eager", _attend_eager)):
-        AttentionInterface.register(_PREFIX + backend, function)
-        AttentionMaskInterface.register(_PREFIX + backend, AttentionMaskInterface()[backend])
-
-
-def _implementation(module: nn.Module) -> str | None:
-    config = getattr(module, "config", None)
-    return getattr(config, "_attn_implementation", None)
-
-
-def _attend_sdpa(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-) -> Any:
-    return _attend(sdpa_attention_forward, module, query, key, value, attention_mask, **kwargs)
-
-
-def _attend_eager(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-) -> Any:
-    return _attend(_eager(type(module)), module, query, key, value, attention_mask, **kwargs)
-
-
-def _eager(kind: type[nn.Module]) -> Callable[..., Any]:
-    """The family's own eager attention: the function of that name in the file that defines the attention class."""
-    for base in kind.__mro__:
-        found = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
-        if found is not None:
-            return found
-    raise MethodError(
-        f"{kind.__name__} has no eager attention to fall back on", hint="load with attn_implementation='sdpa'"
-    )
-
-
-def _attend(
-    own: Callable[..., Any],
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """What the interface calls. query [B,H,Q,D], key and value [B,Hkv,K,D]; returns [B,Q,H,D], as the interface wants it.
-
-    In eval mode, in a layer without a site, or at rate 0: the family's own attention, untouched.
-    """
-    dropper = module.__dict__.get(_STATE)
-    if dropper is None or not module.training or not dropper.rate:
-        return own(module, query, key, value, attention_mask, **kwargs)
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    causal = kwargs.get("is_causal")
-    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
-    queries = query.shape[2]
-    if attention_mask is None and causal and key.shape[2] > queries > 1:
-        key, value = key[:, :, :queries], value[:, :, :queries]
-    if (bias := kwargs.get("position_bias")) is not None:
-        bias = bias[..., : key.shape[2]]
-        attention_mask = create_position_bias_mask(bias, attention_mask, causal and queries > 1, query, key)
-    elif attention_mask is not None:
-        attention_mask = attention_mask[..., : key.shape[2]]
-    out = _drop(dropper, query, key, value, attention_mask, causal and queries > 1, kwargs)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _drop(
-    dropper: Dropper, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, kwargs: dict[str, Any]
-) -> Tensor:
-    """Draw a mask for this call, protect its rows, and take the cheapest form that computes the site exactly."""
-    site, (B, H, Q, K) = dropper.site, (*q.shape[:3], k.shape[2])
-    keep = dropper.draw((B, H, Q, K), (B, H, K), q.device)
-    keep = keep if site.pattern == "element" else keep.unsqueeze(2)
-    logits = site.position == "attention_logits" or site.rescale == "normalised_with_gradient"  # the same to the letter
-    rescued = None
-    if logits or site.rescale == "normalised":
-        keep, rescued = attention.protect(keep, attention.allowed(mask), causal)
-    scale, softcap, native = kwargs.get("scaling"), kwargs.get("softcap"), float(kwargs.get("dropout") or 0.0)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if logits and softcap is None:
-        return attention.dropkey(
-            q, k, v, keep, mask=mask, causal=causal, scale=scale, rescued=rescued, dropout_p=native
-        )
-    rescale = None if logits else site.rescale
-    if softcap is None and rescale and keep.shape[2] == 1 and not native:
-        return attention.dropattention(
-            q, k, v, keep, mask=mask, causal=causal, scale=scale, rate=dropper.rate, rescale=rescale, rescued=rescued
-        )
-    return attention.explicit(
-        q, k, v, keep, mask=mask, causal=causal and mask is None, scale=scale, rate=dropper.rate, rescale=rescale,
-        rescued=rescued, softcap=softcap, dropout_p=native,
-    )  # fmt: skip
+    dropouts[name] = nn.Dropout(dropper.rate).train(current.training)
+    attachment._swapped.append((dropouts, name, dropper))
+    dropouts[name].register_forward_hook(CountHook(dropper))

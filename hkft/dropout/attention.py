@@ -13,6 +13,8 @@ out, serves what no fused kernel can express, and is what the tests hold the fus
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -26,6 +28,7 @@ AttentionMask = (
     Bool[Tensor, "Bm Hm Qm Km"] | Float[Tensor, "Bm Hm Qm Km"]
 )  # bool: True attends; float: added to the logits
 
+BLOCK = 128  # queries at a time, where weights themselves are needed
 LANES = 8  # fused kernels want a head size that is a multiple of this
 FAR = -(2.0**15)  # added to a dropped logit: float16 holds it, and its exponential is 0 in every dtype
 
@@ -129,7 +132,7 @@ def dropattention(
     out = out / mass.masked_fill(poor, 1.0)
     if (may := allowed(mask)) is not None:
         poor = poor & may.any(-1, keepdim=True)  # a padding query attends to nothing: there is nothing to save
-    if poor.any():
+    if torch.compiler.is_compiling() or poor.any():  # a compiled graph cannot look, and pays for both
         out = torch.where(poor, dropkey(q, k, v, keep, mask=mask, causal=causal, scale=scale, rescued=rescued), out)
     return out
 
@@ -148,11 +151,12 @@ def explicit(
     rescued: Bool[Tensor, "B H Q 1"] | None = None,
     softcap: float | None = None,
     dropout_p: float = 0.0,
+    tap: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Float[Tensor, "B H Q Dv"]:
     """Either position, formula by formula, [B,H,Q,K] built in full, in float32 or wider.
 
     rescale: None for a drop on the logits (DropKey). For element masks on the weights, soft-capped logits (Gemma 2), and
-    native attention dropout beside DropAttention.
+    native attention dropout beside DropAttention. tap(logits, dropped): is shown both, [B,H,Q,K], before the softmax.
     """
     logits = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scale
     if softcap is not None:
@@ -163,6 +167,8 @@ def explicit(
     assert may is not None
     if mask is not None and mask.dtype != torch.bool:
         logits = logits + mask  # a position bias may live in the mask
+    if tap is not None:
+        tap(logits, may & ~kept)
     log_w = torch.log_softmax(logits.masked_fill(~(may if rescale else may & kept), gone), -1)
     if rescale in ("normalised", "normalised_with_gradient"):  # in logarithms no mass is too small to divide by
         log_w = log_w.masked_fill(~kept, gone)
@@ -172,6 +178,40 @@ def explicit(
     if rescale in ("inverse_keep", "none"):
         weights = weights * kept / (1 - rate if rescale == "inverse_keep" else 1)
     return dropout(weights.to(v.dtype), dropout_p) @ v
+
+
+@torch.no_grad()
+def most_attended(
+    q: Float[Tensor, "B H Q D"],
+    k: Float[Tensor, "B H K D"],
+    *,
+    mask: AttentionMask | None,
+    causal: bool,
+    scale: float,
+    softcap: float | None = None,
+    share: float = 0.4,
+) -> Bool[Tensor, "B K"]:
+    """The `share` of a sample's keys that get the most attention, summed over heads and queries: where HiddenCut cuts.
+
+    Keys that no query may attend to (padding) are not among them. Queries go by in blocks: [B,H,Q,K] is never built.
+    """
+    place, received = torch.arange(k.shape[2], device=q.device), torch.zeros_like(k[:, 0, :, 0], dtype=torch.float32)
+    for first in range(0, q.shape[2], BLOCK):
+        rows = slice(first, first + BLOCK)
+        logits = (q[:, :, rows] @ k.transpose(-1, -2)).float() * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        part = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+        if part is not None and part.dtype != torch.bool:
+            logits = logits + part
+        if (may := allowed(part)) is not None:
+            logits = logits.masked_fill(~may, torch.finfo(logits.dtype).min)
+        elif causal:
+            logits = logits.masked_fill(place > place[rows, None], torch.finfo(logits.dtype).min)
+        weights = torch.softmax(logits, -1)
+        received += (weights if may is None else weights * may).sum((1, 2))
+    count = torch.ceil(share * (received > 0).sum(-1, keepdim=True))
+    return received.argsort(-1, descending=True).argsort(-1) < count
 
 
 def _first_key(may: Tensor | None, keys: int, device: torch.device) -> Bool[Tensor, "Bm 1 1 K"]:

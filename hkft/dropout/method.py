@@ -8,12 +8,17 @@ The framework (paper section 3): *position* x *pattern* x *compensation*.
     hidden             FFN output, before the residual                         [B,L,D]     [B,L,1]     [B,L,1]
     input              token embeddings                                        [B,L,D]     [B,L,1]     [B,L,1]
     output             output of the last layer                                [B,L,D]     [B,L,1]     [B,L,1]
-    lora_input         input of LoRA's A: PEFT's own `lora_dropout`            [B,L,D]
+
+and, beyond the paper, on the update B A x that LoRA adds to a linear map:
+
+    lora_input         x; as a column, whole columns of A                      [B,L,in]    [in]
+    lora_rank          A x; as a column, whole rank dimensions                 [B,L,r]     [r]
+    lora_output        B A x; as a column, whole rows of B                     [B,L,out]   [out]
 
 Compensation is a site's `rescale` and the method's `consistency`. A new named method is one entry of `METHODS`.
 
 Sources: Wang et al., arXiv 2403.00812 (the paper); DropKey, 2208.02646; DropAttention, 1907.11065; HiddenCut, 2106.00149;
-R-Drop, 2106.14448. This module imports neither torch nor transformers.
+R-Drop, 2106.14448; LoRA Dropout, 2404.09610; DropLoRA, 2508.17337. This module imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -24,14 +29,18 @@ from typing import Any, Literal, get_args
 
 from hkft.errors import MethodError, nearest
 
-Position = Literal["attention_logits", "attention_weights", "hidden", "input", "output", "lora_input"]
+Position = Literal[
+    "attention_logits", "attention_weights", "hidden", "input", "output", "lora_input", "lora_rank", "lora_output"
+]
 Pattern = Literal["element", "column", "span"]
 Rescale = Literal["none", "inverse_keep", "normalised", "normalised_with_gradient"]
 Schedule = Literal["constant", "linear_up", "linear_down"]
+Start = Literal["uniform", "attended"]
 Kind = Literal["kl", "js", "js_symmetric"]
 
 DEFAULT_RATE = 0.1
-PER_LAYER = ("attention_logits", "attention_weights", "hidden", "lora_input")
+LORA = ("lora_input", "lora_rank", "lora_output")
+PER_LAYER = ("attention_logits", "attention_weights", "hidden", *LORA)
 
 # What each position may do with what it kept, its own paper's choice first: the default.
 RESCALES: dict[Position, tuple[Rescale, ...]] = {
@@ -40,7 +49,9 @@ RESCALES: dict[Position, tuple[Rescale, ...]] = {
     "hidden": ("none", "inverse_keep"),
     "input": ("none", "inverse_keep"),
     "output": ("none", "inverse_keep"),
-    "lora_input": ("inverse_keep",),
+    "lora_input": ("inverse_keep", "none"),
+    "lora_rank": ("inverse_keep", "none"),
+    "lora_output": ("inverse_keep", "none"),
 }
 
 
@@ -73,6 +84,8 @@ class Site:
         the gradient stopped there (DropAttention), or not ("normalised_with_gradient"). None takes the position's own.
     schedule: "constant", or a rate that falls or grows linearly with depth over the chosen layers, with `rate` as its
         largest value ("linear_down": DropKey's own finding in vision).
+    start: where a span of `hidden` begins: "uniform", or at one of the 40 % of tokens that the layer's attention looks at
+        most ("attended", as in HiddenCut).
     Raises MethodError on a value outside these.
     """
 
@@ -82,6 +95,7 @@ class Site:
     layers: str | Sequence[int] = "auto"
     rescale: Rescale | None = None
     schedule: Schedule = "constant"
+    start: Start = "uniform"
 
     def __post_init__(self) -> None:
         one_of("position", self.position, get_args(Position))
@@ -89,12 +103,20 @@ class Site:
         one_of("schedule", self.schedule, get_args(Schedule))
         if self.rate is not None:
             check_rate(self.rate)
-        if self.position == "lora_input" and self.pattern != "element":
+        one_of("start", self.start, get_args(Start))
+        if self.position in LORA and self.pattern == "span":
             raise MethodError(
-                "lora_input drops elements only: it is PEFT's own lora_dropout",
+                f"the features of {self.position} have no order, so a run of them means nothing",
                 where="pattern",
                 found=self.pattern,
-                allowed="element",
+                allowed="element, column",
+            )
+        if self.start == "attended" and (self.position, self.pattern) != ("hidden", "span"):
+            raise MethodError(
+                "only a span of hidden tokens begins at an attended one",
+                where="start",
+                found=f"attended, for {self.position}/{self.pattern}",
+                allowed="uniform",
             )
         if self.rescale is None:
             object.__setattr__(self, "rescale", RESCALES[self.position][0])
@@ -173,8 +195,11 @@ class Method:
 
     @property
     def active(self) -> bool:
-        """Whether anything is dropped at all. Without it two passes are equal, and the consistency term is exactly 0."""
-        return any(site.rate != 0 for site in self.sites)
+        """Whether anything is dropped. If not, two passes are equal, and the consistency term is exactly 0.
+
+        A consistency loss without a site is R-Drop on dropout that the model has of its own: taken as active.
+        """
+        return any(site.rate != 0 for site in self.sites) or (self.consistency is not None and not self.sites)
 
     @property
     def passes(self) -> int:
@@ -212,6 +237,17 @@ METHODS: dict[str, Method] = {
         consistency=Consistency("kl"),
         name="hiddenkey",
     ),
+    "hiddencut-span": Method(
+        [Site("hidden", "span", start="attended")],
+        consistency=Consistency("js_symmetric", gradient="both"),
+        name="hiddencut-span",
+    ),
+    "r-drop": Method([Site("lora_input", layers="all")], consistency=Consistency("kl", gradient="both"), name="r-drop"),
+    "lora-matrix-dropout": Method(
+        [Site("lora_input", "column", layers="all"), Site("lora_output", "column", layers="all")],
+        name="lora-matrix-dropout",
+    ),
+    "droplora": Method([Site("lora_rank", "column", layers="all")], name="droplora"),
 }
 
 SUMMARIES: dict[str, str] = {
@@ -222,6 +258,10 @@ SUMMARIES: dict[str, str] = {
     "hiddencut": "elements of the FFN output dropped, the rest scaled by 1/(1-p)",
     "hiddenkey-": "column DropKey and element HiddenCut together",
     "hiddenkey": "HiddenKey- and a KL loss between two passes: the paper's best, about 1.5 x the time",
+    "hiddencut-span": "HiddenCut as first published: a span that begins at an attended token, and its JS loss",
+    "r-drop": "R-Drop: LoRA's ordinary dropout, and a KL loss that trains through both passes",
+    "lora-matrix-dropout": "Lin et al.'s LoRA Dropout: whole columns of A and rows of B",
+    "droplora": "whole rank dimensions between A and B",
 }
 
 

@@ -21,6 +21,7 @@ from hkft.dropout.method import (
     Rescale,
     Schedule,
     Site,
+    Start,
     check_rate,
     find,
 )
@@ -164,6 +165,7 @@ class SiteRecord(Section):
     layers: Annotated[Any, AfterValidator(_layers)] = Field("auto", description="auto | all | latter-half | [numbers]")
     rescale: Rescale | None = Field(None, description="null: the position's own")
     schedule: Schedule = Field("constant", description="constant | linear_up | linear_down, over the layers")
+    start: Start = Field("uniform", description="of a span of hidden tokens: uniform | attended")
 
     def site(self) -> Site:
         return Site(**self.model_dump())
@@ -188,7 +190,9 @@ class Dropout(Section):
     method: Annotated[Text, AfterValidator(_known_method)] = Field("hiddenkey", description="a name of `hkft methods`")
     rate: Rate = Field(DEFAULT_RATE, description="of every site that names none of its own")
     weight: Weight = Field(1.0, description="of the consistency loss, a mean over examples (completion tokens)")
-    gradient: Literal["one", "both"] = Field("one", description="passes the consistency loss trains through")
+    gradient: Literal["one", "both"] | None = Field(
+        None, description="passes the consistency loss trains through; null: the method's own"
+    )
     sites: list[SiteRecord] | None = Field(None, description="instead of `method`: a list of {position, pattern, ...}")
     consistency: ConsistencyRecord | None = Field(None, description="with `sites`: {kind, weight, gradient}")
 
@@ -219,12 +223,14 @@ class Dropout(Section):
         """The method, with `rate`, `weight` and `gradient` wherever a full record does not say otherwise."""
         if self.sites is None:
             method = find(self.method)
-            own = method.consistency and Consistency(method.consistency.kind, self.weight, self.gradient)
+            own = method.consistency and Consistency(
+                method.consistency.kind, self.weight, self.gradient or method.consistency.gradient
+            )
             return Method(method.sites, own, method.name).with_rate(self.rate)
         own = self.consistency and Consistency(
             self.consistency.kind,
             self.weight if self.consistency.weight is None else self.consistency.weight,
-            self.consistency.gradient or self.gradient,
+            self.consistency.gradient or self.gradient or "one",
         )
         return Method([record.site() for record in self.sites], own, CUSTOM).with_rate(self.rate)
 

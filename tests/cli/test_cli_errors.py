@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from hkft.dropout.method import METHODS as NAMES
 from hkft.folder import read_json
 
-METHODS = "none, lora-dropout, dropkey, dropattention, hiddencut, hiddenkey-, hiddenkey"
+METHODS = ", ".join(NAMES)
 RECIPES = "quickstart, cola-hiddenkey, mrpc-hiddenkey, qnli-hiddenkey, rte-hiddenkey, sst2-hiddenkey, stsb-hiddenkey"
 STARTING = "starting torch and transformers\n"
 READING = STARTING + "reading the data\nreading {}\n"

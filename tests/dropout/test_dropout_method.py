@@ -14,7 +14,7 @@ import pytest
 from hkft.dropout.method import METHODS, RESCALES, SUMMARIES, Consistency, Method, Site, find
 from hkft.errors import MethodError
 
-POSITIONS = "attention_logits, attention_weights, hidden, input, output, lora_input"
+POSITIONS = "attention_logits, attention_weights, hidden, input, output, lora_input, lora_rank, lora_output"
 
 LAYERS = "  allowed: auto, all, latter-half, or a list such as [0, 1, 2]"
 ILLEGAL: dict[str, tuple[Callable[[], Any], str]] = {
@@ -60,9 +60,24 @@ ILLEGAL: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: METHODS["dropkey"].with_rate(1.5),
         "rate: a dropout rate is a probability\n  found: 1.5\n  allowed: 0 <= rate < 1",
     ),
-    "lora_input in columns": (
-        lambda: Site("lora_input", "column"),
-        "pattern: lora_input drops elements only: it is PEFT's own lora_dropout\n  found: column\n  allowed: element",
+    "features in a span": (
+        lambda: Site("lora_rank", "span"),
+        "pattern: the features of lora_rank have no order, so a run of them means nothing\n  found: span\n"
+        "  allowed: element, column",
+    ),
+    "start": (
+        lambda: Site("hidden", "span", start="attention"),  # type: ignore[arg-type]
+        "start: there is no start 'attention'\n  allowed: uniform, attended",
+    ),
+    "an attended start of elements": (
+        lambda: Site("hidden", start="attended"),
+        "start: only a span of hidden tokens begins at an attended one\n  found: attended, for hidden/element\n"
+        "  allowed: uniform",
+    ),
+    "an attended start of keys": (
+        lambda: Site("attention_logits", "span", start="attended"),
+        "start: only a span of hidden tokens begins at an attended one\n  found: attended, for attention_logits/span\n"
+        "  allowed: uniform",
     ),
     "logits rescaled": (
         lambda: Site("attention_logits", rescale="inverse_keep"),
@@ -72,9 +87,9 @@ ILLEGAL: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Site("hidden", rescale="normalised"),
         "rescale: hidden cannot be rescaled this way\n  found: normalised\n  allowed: none, inverse_keep",
     ),
-    "lora_input not rescaled": (
-        lambda: Site("lora_input", rescale="none"),
-        "rescale: lora_input cannot be rescaled this way\n  found: none\n  allowed: inverse_keep",
+    "lora_rank normalised": (
+        lambda: Site("lora_rank", rescale="normalised"),
+        "rescale: lora_rank cannot be rescaled this way\n  found: normalised\n  allowed: inverse_keep, none",
     ),
     "unknown rescale": (
         lambda: Site("attention_weights", rescale="softmax"),  # type: ignore[arg-type]
@@ -137,7 +152,7 @@ ILLEGAL: dict[str, tuple[Callable[[], Any], str]] = {
     "name": (
         lambda: find("hiddenkey--"),
         "method: there is no method 'hiddenkey--'\n"
-        "  allowed: none, lora-dropout, dropkey, dropattention, hiddencut, hiddenkey-, hiddenkey\n"
+        f"  allowed: {', '.join(METHODS)}\n"
         "  hint: did you mean 'hiddenkey-'?",
     ),
 }
@@ -173,19 +188,13 @@ def test_every_other_combination_is_legal() -> None:
     rows = itertools.product(RESCALES, ("element", "column", "span"), ("auto", "all", "latter-half", [0, 2]))
     for position, pattern, layers in rows:
         for rescale in (None, *RESCALES[position]):
-            if position != "lora_input" or pattern == "element":
+            if not position.startswith("lora_") or pattern != "span":
                 Site(position, pattern, 0.99, layers, rescale, "linear_up")  # type: ignore[arg-type]
 
 
 def test_defaults() -> None:
     site = Site("hidden")
-    assert (site.pattern, site.rate, site.layers, site.rescale, site.schedule) == (
-        "element",
-        None,
-        "auto",
-        "none",
-        "constant",
-    )
+    assert site == Site("hidden", "element", None, "auto", "none", "constant", "uniform")
     assert {position: Site(position).rescale for position in RESCALES} == {
         "attention_logits": "none",
         "attention_weights": "normalised",
@@ -193,6 +202,8 @@ def test_defaults() -> None:
         "input": "none",
         "output": "none",
         "lora_input": "inverse_keep",
+        "lora_rank": "inverse_keep",
+        "lora_output": "inverse_keep",
     }
     assert (Consistency().kind, Consistency().weight, Consistency().gradient) == ("kl", 1.0, "one")
     assert Method() == Method((), None, "custom")
@@ -239,23 +250,32 @@ def test_named_methods() -> None:
         "hiddencut": [cut],
         "hiddenkey-": [key, cut],
         "hiddenkey": [key, cut],
+        "hiddencut-span": [("hidden", "span", "none")],
+        "r-drop": [("lora_input", "element", "inverse_keep")],
+        "lora-matrix-dropout": [("lora_input", "column", "inverse_keep"), ("lora_output", "column", "inverse_keep")],
+        "droplora": [("lora_rank", "column", "inverse_keep")],
     }
-    assert {name for name, method in METHODS.items() if method.consistency} == {"hiddenkey"}
-    assert METHODS["hiddenkey"].consistency == Consistency("kl", 1.0, "one")
+    assert {name: method.consistency for name, method in METHODS.items() if method.consistency} == {
+        "hiddenkey": Consistency("kl", 1.0, "one"),
+        "hiddencut-span": Consistency("js_symmetric", 1.0, "both"),
+        "r-drop": Consistency("kl", 1.0, "both"),
+    }
     assert all(method.name == name and find(name) is method for name, method in METHODS.items())
     assert all(s.rate is None and s.schedule == "constant" for m in METHODS.values() for s in m.sites)
-    assert {s.layers for name, m in METHODS.items() for s in m.sites if name != "lora-dropout"} == {"auto"}
-    assert METHODS["lora-dropout"].sites[0].layers == "all"  # PEFT's own acts in every layer
+    assert {s.start for s in METHODS["hiddencut-span"].sites} == {"attended"}
+    layers = {(s.position.startswith("lora_"), s.layers) for m in METHODS.values() for s in m.sites}
+    assert layers == {(True, "all"), (False, "auto")}  # LoRA's own dropouts act wherever there is LoRA
     assert SUMMARIES.keys() == METHODS.keys()
 
 
 def test_passes_and_active() -> None:
     assert {name for name, method in METHODS.items() if method.active} == METHODS.keys() - {"none"}
-    assert [name for name, method in METHODS.items() if method.passes == 2] == ["hiddenkey"]
+    assert {name for name, m in METHODS.items() if m.passes == 2} == {"hiddenkey", "hiddencut-span", "r-drop"}
     hiddenkey = METHODS["hiddenkey"]
     assert hiddenkey.with_rate(0).passes == 1  # the term is exactly 0
     assert hiddenkey.with_weight(0).passes == 1
-    assert Method(consistency=Consistency()).passes == 1
+    assert Method(consistency=Consistency()).passes == 2  # R-Drop on dropout of the model's own
+    assert Method().passes == 1
     assert Method([Site("hidden", rate=0), Site("input", rate=0.1)], Consistency()).passes == 2
 
 
@@ -277,7 +297,7 @@ def test_with_weight_leaves_a_method_without_consistency_alone() -> None:
     [
         *METHODS.values(),
         Method(
-            [Site("hidden", "span", 0.2, [3, 1]), Site("input", "column", schedule="linear_up")],
+            [Site("hidden", "span", 0.2, [3, 1], start="attended"), Site("input", "column", schedule="linear_up")],
             Consistency("js", 2, "both"),
         ),
     ],
@@ -302,6 +322,7 @@ def test_as_dict_content() -> None:
                 "layers": [1, 2],
                 "rescale": "none",
                 "schedule": "constant",
+                "start": "uniform",
             }
         ],
         "consistency": {"kind": "js", "weight": 1.0, "gradient": "one"},

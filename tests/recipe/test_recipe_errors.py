@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hkft.dropout.method import METHODS
 from hkft.errors import RecipeError
 from hkft.recipe import load
 
@@ -56,7 +57,7 @@ WHOLE = {
     "dropout: {method: hidenkey}\n": (
         "r.yaml:7:19: dropout.method: there is no method 'hidenkey'\n"
         "  found: 'hidenkey'\n"
-        "  allowed: none, lora-dropout, dropkey, dropattention, hiddencut, hiddenkey-, hiddenkey\n"
+        f"  allowed: {', '.join(METHODS)}\n"
         "  hint: did you mean 'hiddenkey'?"
     ),
     "seed: 1\nseed: 2\n": ("r.yaml:8:1: seed is given twice\n  hint: the first is at r.yaml:7:1; keep one of them"),
@@ -117,7 +118,7 @@ LOCATED = [
     ("dropout: {sites: [{position: hidden, layers: 3}]}\n", "r.yaml:7:46", "latter-half"),
     ("dropout: {sites: [{position: hidden, layers: [-1]}]}\n", "r.yaml:7:46", "whole numbers from 0"),
     ("dropout: {sites: [{position: hidden, rate: 1}]}\n", "r.yaml:7:44", "0 <= rate < 1"),
-    ("dropout: {sites: [{position: lora_input, pattern: span}]}\n", "r.yaml:7:51", "lora_input drops elements only"),
+    ("dropout: {sites: [{position: lora_input, pattern: span}]}\n", "r.yaml:7:51", "have no order"),
     (
         "dropout:\n  sites: [{position: attention_logits}, {position: attention_weights}]\n",
         "r.yaml:8:10",

@@ -1,0 +1,176 @@
+"""transformers' attention registries: how a layer's attention comes to hkft, and what it does with it there.
+
+A function stands in AttentionInterface and its mask function in AttentionMaskInterface, under hkft's own names, for as long
+as any attachment lives. Both are stateless: what a layer drops stands on its own attention module, so two models with two
+methods, or a deep copy, share nothing. In eval mode everything hands over to the family's own attention.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import create_position_bias_mask, repeat_kv, sdpa_attention_forward
+
+from hkft.dropout import attention
+from hkft.dropout.dropper import Dropper
+from hkft.dropout.families import Family
+from hkft.errors import MethodError
+
+SITE = "_hkft_site"  # on an attention module: the Dropper of its own position
+GUIDE = "_hkft_guide"  # on an attention module: the Dropper whose spans begin at tokens that this attention looks at
+_BACKENDS = ("sdpa", "eager")  # what hkft can stand in for
+_PREFIX = "hkft_"
+
+
+def enter(family: Family) -> str:
+    """Route the model's attention through hkft, prove that it goes there, and return the backend that was there.
+
+    Raises MethodError for a backend that would bypass the method, or a model that does not let its attention be set.
+    """
+    model = family.model
+    current = model.config._attn_implementation or "eager"
+    backend = current.removeprefix(_PREFIX)  # another model may share the configuration object
+    if backend not in _BACKENDS:
+        raise MethodError(
+            f"the {backend} attention would bypass the method",
+            where="attn_implementation",
+            found=backend,
+            allowed=", ".join(_BACKENDS),
+            hint="model.set_attn_implementation('sdpa'), or load it with attn_implementation='sdpa'",
+        )
+    register()
+    model.set_attn_implementation(_PREFIX + backend)
+    wrong = [layer.name for layer in family.layers if _implementation(layer.attention) != _PREFIX + backend]
+    if model.config._attn_implementation != _PREFIX + backend or wrong:
+        model.set_attn_implementation(backend)
+        raise MethodError(
+            f"{type(model).__name__} does not let its attention be set",
+            where=", ".join(wrong[:3]) or None,
+            hint="it does not follow transformers' AttentionInterface",
+        )
+    return backend
+
+
+def unregister() -> None:
+    """Take hkft's names out of both registries."""
+    for backend in _BACKENDS:
+        AttentionInterface._global_mapping.pop(_PREFIX + backend, None)
+        AttentionMaskInterface._global_mapping.pop(_PREFIX + backend, None)
+
+
+def register() -> None:
+    """Enter both registries: an attention function without its mask function would see no mask at all."""
+    for backend, function in (("sdpa", _attend_sdpa), ("eager", _attend_eager)):
+        AttentionInterface.register(_PREFIX + backend, function)
+        AttentionMaskInterface.register(_PREFIX + backend, AttentionMaskInterface()[backend])
+
+
+def _implementation(module: nn.Module) -> str | None:
+    config = getattr(module, "config", None)
+    return getattr(config, "_attn_implementation", None)
+
+
+def _attend_sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> Any:
+    return _attend(sdpa_attention_forward, module, query, key, value, attention_mask, **kwargs)
+
+
+def _attend_eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> Any:
+    return _attend(_eager(type(module)), module, query, key, value, attention_mask, **kwargs)
+
+
+def _eager(kind: type[nn.Module]) -> Callable[..., Any]:
+    """The family's own eager attention: the function of that name in the file that defines the attention class."""
+    for base in kind.__mro__:
+        found = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
+        if found is not None:
+            return found
+    raise MethodError(
+        f"{kind.__name__} has no eager attention to fall back on", hint="load with attn_implementation='sdpa'"
+    )
+
+
+def _attend(
+    own: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What the interface calls. query [B,H,Q,D], key and value [B,Hkv,K,D]; returns [B,Q,H,D], as the interface wants it.
+
+    In eval mode, in a layer without a site, or at rate 0: the family's own attention, untouched.
+    """
+    dropper, guide = (module.__dict__.get(name) for name in (SITE, GUIDE))
+    if not module.training or not any(each and each.rate for each in (dropper, guide)):
+        return own(module, query, key, value, attention_mask, **kwargs)
+    groups = query.shape[1] // key.shape[1]
+    q, k, v, mask = query, repeat_kv(key, groups), repeat_kv(value, groups), attention_mask
+    causal = kwargs.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    queries = q.shape[2]
+    if mask is None and causal and k.shape[2] > queries > 1:
+        k, v = k[:, :, :queries], v[:, :, :queries]
+    causal = causal and queries > 1
+    if (bias := kwargs.get("position_bias")) is not None:
+        mask = create_position_bias_mask(bias[..., : k.shape[2]], mask, causal, q, k)
+    elif mask is not None:
+        mask = mask[..., : k.shape[2]]
+    scale = kwargs.get("scaling")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if guide and guide.rate:
+        guide.likely = attention.most_attended(
+            q, k, mask=mask, causal=causal, scale=scale, softcap=kwargs.get("softcap")
+        )
+    if not dropper or not dropper.rate:
+        return own(module, query, key, value, attention_mask, **kwargs)
+    native = float(kwargs.get("dropout") or 0.0)
+    out = _drop(dropper, q, k, v, mask, causal, scale, kwargs.get("softcap"), native)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _drop(
+    dropper: Dropper,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+    native: float,
+) -> Tensor:
+    """Draw a mask for this call, protect its rows, and take the cheapest form that computes the site exactly."""
+    site, (B, H, Q, K) = dropper.site, (*q.shape[:3], k.shape[2])
+    drawn = dropper.draw((B, H, Q, K), (B, H, K), q.device)
+    drawn = keep = drawn if site.pattern == "element" else drawn.unsqueeze(2)
+    logits = site.position == "attention_logits" or site.rescale == "normalised_with_gradient"  # the same to the letter
+    rescued, protected = None, None
+    if logits or site.rescale == "normalised":
+        keep, rescued = attention.protect(drawn, attention.allowed(mask), causal)
+        acted = (keep != drawn).any(-1, keepdim=True)
+        acted = (acted if rescued is None else acted | rescued).expand(B, H, Q, 1)
+        protected = acted.sum()
+    dropper.count(drawn, B * H * Q, protected)
+    if logits and softcap is None and not dropper.tap:
+        return attention.dropkey(
+            q, k, v, keep, mask=mask, causal=causal, scale=scale, rescued=rescued, dropout_p=native
+        )
+    rescale = None if logits else site.rescale
+    if softcap is None and rescale and keep.shape[2] == 1 and not native and not dropper.tap:
+        return attention.dropattention(
+            q, k, v, keep, mask=mask, causal=causal, scale=scale, rate=dropper.rate, rescale=rescale, rescued=rescued
+        )
+    return attention.explicit(
+        q, k, v, keep, mask=mask, causal=causal and mask is None, scale=scale, rate=dropper.rate, rescale=rescale,
+        rescued=rescued, softcap=softcap, dropout_p=native, tap=dropper.tap,
+    )  # fmt: skip
