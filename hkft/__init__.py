@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from hkft.api import compare, train
     from hkft.dropout.attach import Attachment, attach, attached
     from hkft.dropout.method import METHODS, Consistency, Method, Site
+    from hkft.dropout.noise import gradient_noise
+    from hkft.dropout.selfcheck import self_check
     from hkft.errors import HkftError
     from hkft.training.objective import consistency_loss
     from hkft.training.trainer import Trainer
@@ -33,6 +35,8 @@ __all__ = [
     "attached",
     "compare",
     "consistency_loss",
+    "gradient_noise",
+    "self_check",
     "train",
 ]
 
@@ -44,6 +48,8 @@ _HOMES = {
     "Consistency": "hkft.dropout.method",
     "Method": "hkft.dropout.method",
     "Site": "hkft.dropout.method",
+    "gradient_noise": "hkft.dropout.noise",
+    "self_check": "hkft.dropout.selfcheck",
     "HkftError": "hkft.errors",
     "consistency_loss": "hkft.training.objective",
     "compare": "hkft.api",

@@ -8,11 +8,12 @@ methods, or a deep copy, share nothing. In eval mode everything hands over to th
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import create_position_bias_mask, repeat_kv, sdpa_attention_forward
 
 from hkft.dropout import attention
@@ -53,6 +54,16 @@ def enter(family: Family) -> str:
             hint="it does not follow transformers' AttentionInterface",
         )
     return backend
+
+
+@contextmanager
+def left(model: PreTrainedModel, backend: str) -> Iterator[None]:
+    """For a while the model's own attention, then hkft's again."""
+    model.set_attn_implementation(backend)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(_PREFIX + backend)
 
 
 def unregister() -> None:

@@ -74,8 +74,11 @@ def finish(event: Finished) -> Iterator[str]:
         yield verdict["text"]
     for label, value in words.figures(event.summary):
         yield f"{label}: {value}"
-    for position, pattern, layers, calls, expected, measured in words.site_rows(event.sites):
-        yield f"dropout {position}/{pattern}, layers {layers}: calls {calls}, rate {expected}, measured {measured}"
+    for position, pattern, *facts in words.site_rows(event.sites):
+        told = ", ".join(
+            f"{name} {fact}" for name, fact in zip(words.SITE_COLUMNS[2:], facts, strict=True) if fact != "-"
+        )
+        yield f"dropout {position}/{pattern}: {told}"
     yield f"run folder: {event.run}"
     for command in words.next_commands(event.run, event.summary):
         yield f"next: {command}"

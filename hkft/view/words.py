@@ -114,7 +114,7 @@ def outcome(summary: Mapping[str, Any]) -> str:
     return f"{name}: {', '.join(facts)}"
 
 
-SITE_COLUMNS = ("position", "pattern", "layers", "calls", "expected", "measured")
+SITE_COLUMNS = ("position", "pattern", "layers", "calls", "expected", "measured", "protected rows", "step time")
 
 
 def site_rows(sites: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -127,6 +127,8 @@ def site_rows(sites: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             f"{site['calls']:,}",
             f"{site['expected']:.4f}",
             _measured(site),
+            "-" if site.get("protected") is None else f"{site['protected']:.1%}",
+            "-" if site.get("cost") is None else f"x {site['cost']:.1f}",
         ]
         for site in sites
     ]
