@@ -30,6 +30,9 @@ AttentionMask = (
 
 BLOCK = 128  # queries at a time, where weights themselves are needed
 LANES = 8  # fused kernels want a head size that is a multiple of this
+HIDDEN = (
+    -64.0
+)  # a bias below it hides a key, whatever a family writes there (-100, -10000, the least number): e^-64 is nothing
 FAR = -(2.0**15)  # added to a dropped logit: float16 holds it, and its exponential is 0 in every dtype
 
 
@@ -37,7 +40,7 @@ def allowed(mask: AttentionMask | None) -> Bool[Tensor, "Bm Hm Qm Km"] | None:
     """Which keys a query may attend to. None: all of them (but for causality, which the kernel is told apart)."""
     if mask is None or mask.dtype == torch.bool:
         return mask
-    return mask > torch.finfo(mask.dtype).min / 2
+    return mask > HIDDEN
 
 
 def protect(keep: Keep, may: Bool[Tensor, "Bm Hm Qm Km"] | None, causal: bool) -> tuple[Keep, Tensor | None]:
@@ -129,6 +132,8 @@ def dropattention(
     if rescale == "none":
         return out
     poor = mass < torch.finfo(mass.dtype).tiny ** 0.5
+    if rescued is not None:
+        poor = poor | rescued
     out = out / mass.masked_fill(poor, 1.0)
     if (may := allowed(mask)) is not None:
         poor = poor & may.any(-1, keepdim=True)  # a padding query attends to nothing: there is nothing to save

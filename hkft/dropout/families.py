@@ -77,6 +77,14 @@ def find(model: nn.Module) -> Family:
             f"{type(inner).__name__} does not take its attention from transformers' AttentionInterface",
             hint="hkft acts there; families that write attention out in their own forward cannot be served",
         )
+    for part in [inner.get_encoder(), inner.get_decoder()] if inner.config.is_encoder_decoder else []:
+        if not {*part.modules()} & {
+            *attentions.values()
+        }:  # LongT5: to drop in the decoder alone would be half a method
+            raise MethodError(
+                f"{type(part).__name__}, a half of {type(inner).__name__}, does not take its attention from transformers' "
+                "AttentionInterface"
+            )
     layers = [_layer(inner, name, module) for name, module in attentions.items()]
     blocks = [layer.name for layer in layers]
     if len(set(blocks)) != len(blocks):

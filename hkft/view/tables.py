@@ -58,6 +58,7 @@ def rich_table(columns: Sequence[str], rows: Rows, title: str = "") -> Table:
         box=box.SIMPLE_HEAD,
         border_style="dim",
         header_style="dim",
+        padding=(0, 1, 0, 0),
         pad_edge=False,
         show_edge=False,
     )

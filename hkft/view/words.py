@@ -114,7 +114,7 @@ def outcome(summary: Mapping[str, Any]) -> str:
     return f"{name}: {', '.join(facts)}"
 
 
-SITE_COLUMNS = ("position", "pattern", "layers", "calls", "expected", "measured", "protected rows", "step time")
+SITE_COLUMNS = ("position", "pattern", "layers", "calls", "rate", "measured", "rescued", "time")
 
 
 def site_rows(sites: Sequence[Mapping[str, Any]]) -> list[list[str]]:

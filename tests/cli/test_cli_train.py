@@ -29,6 +29,7 @@ loading {model}
 tiny: hiddenkey on {model}, classification, cpu (N threads), seed N
 N training rows, N validation, N probe; N steps, N epochs; N of N parameters trained (N%)
 run folder: {run}
+note: the method was checked on N rows in N s: two training passes differ, two in eval mode agree, and at rate N the model is its own
 step N/N, epoch N: loss probe N, validation N, gap N; accuracy probe N, validation N, gap N
 step N/N, epoch N: loss probe N, validation N, gap N; accuracy probe N, validation N, gap N
 step N/N, epoch N: loss probe N, validation N, gap N; accuracy probe N, validation N, gap N
@@ -42,8 +43,8 @@ training time: N:N
 speed: N samples/s, N tokens/s
 peak memory: N MiB
 trainable parameters: N
-dropout attention_logits/column, layers N-N: calls N, rate N, measured N
-dropout hidden/element, layers N-N: calls N, rate N, measured N
+dropout attention_logits/column: layers N-N, calls N, rate N, measured N, rescued N%, time x N
+dropout hidden/element: layers N-N, calls N, rate N, measured N, time x N
 run folder: {run}
 next: hkft merge {run} --output merged
 next: hkft eval {run}

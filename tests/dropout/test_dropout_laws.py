@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from hkft import METHODS, Method, Site, attach, attached
+from hkft.dropout import masks
 
 POSITIONS = ["attention_logits", "attention_weights", "hidden", "input", "output"]
 ATTENTION = POSITIONS[:2]
-PATTERNS = ["element", "column", "span"]
+PATTERNS = list(masks.PATTERNS)
 PADDINGS = [None, "left", "right"]
 DECODERS = {"gpt2", "llama", "gemma2"}
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Any, Literal
 
 import pytest
 import torch
 from scipy.stats import binom
 from torch import Tensor
 
+import hkft.dropout
+from hkft import Method, Site, attach
+from hkft.dropout import masks, method
 from hkft.dropout.masks import PATTERNS, column, element, span, uniform
 
 FULL, UNITS = (3, 4, 5, 20), (3, 4, 20)  # attention: [B,H,Q,K] and [B,H,K]
@@ -174,3 +179,22 @@ def test_the_length_of_a_span_is_rounded_up_within_its_binomial_bound(rate: floa
     floor = int(n * rate)
     low, high = binom.interval(1 - 1e-6, rows, n * rate - floor)
     assert low <= int((lengths > floor).sum()) <= high
+
+
+def test_the_pattern_that_the_package_shows_how_to_add(monkeypatch: pytest.MonkeyPatch, zoo: Any) -> None:
+    """The function stands in hkft.dropout's docstring; with its two names it works at every position."""
+    code = textwrap.dedent("    def pair" + (hkft.dropout.__doc__ or "").partition("def pair")[2].partition("\n\n")[0])
+    names: dict[str, Any] = {}
+    exec(code, names)
+    monkeypatch.setitem(masks.PATTERNS, "pair", names["pair"])
+    monkeypatch.setattr(method, "Pattern", Literal["element", "pair"])
+    keep = names["pair"]((2, 9, 4), (2, 9), 0.5, uniform(torch.device("cpu")))
+    assert keep.shape == (2, 9)
+    assert torch.equal(keep[:, 0:8:2], keep[:, 1:8:2])
+    model = zoo.build("llama")
+    sites = [Site("attention_logits", "pair", 0.3), Site("hidden", "pair", 0.3), Site("output", "pair", 0.3)]  # type: ignore[arg-type]
+    with attach(model, Method(sites)) as attachment:
+        for _ in range(20):
+            assert torch.isfinite(zoo.run(model, zoo.inputs("llama", rows=6))).all()
+        for site in attachment.report():
+            assert site["measured"] == pytest.approx(0.3, abs=0.06)

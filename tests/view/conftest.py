@@ -56,8 +56,24 @@ def summary() -> dict[str, Any]:
 def sites() -> list[dict[str, Any]]:
     common = {"layers": [0, 1, 2, 3, 4, 5], "expected": 0.1}
     return [
-        {"position": "attention_logits", "pattern": "column", **common, "calls": 4536, "measured": 0.09983},
-        {"position": "hidden", "pattern": "element", **common, "calls": 0, "measured": None},
+        {
+            "position": "attention_logits",
+            "pattern": "column",
+            **common,
+            "calls": 4536,
+            "measured": 0.09983,
+            "protected": 0.0125,
+            "cost": 1.04,
+        },
+        {
+            "position": "hidden",
+            "pattern": "element",
+            **common,
+            "calls": 0,
+            "measured": None,
+            "protected": None,
+            "cost": None,
+        },
     ]
 
 

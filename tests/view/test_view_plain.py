@@ -30,8 +30,8 @@ final, step 378: validation loss 0.724 (gap 0.694), validation accuracy 0.773 (g
 training time: 3:51
 speed: 64 samples/s, 1,830 tokens/s
 trainable parameters: 147,842
-dropout attention_logits/column, layers 0-5: calls 4,536, rate 0.1000, measured 0.0998
-dropout hidden/element, layers 0-5: calls 0, rate 0.1000, measured did not fire
+dropout attention_logits/column: layers 0-5, calls 4,536, rate 0.1000, measured 0.0998, rescued 1.2%, time x 1.0
+dropout hidden/element: layers 0-5, calls 0, rate 0.1000, measured did not fire
 run folder: runs/quickstart-hiddenkey-s1-3f9a
 next: hkft merge runs/quickstart-hiddenkey-s1-3f9a --output merged
 next: hkft eval runs/quickstart-hiddenkey-s1-3f9a

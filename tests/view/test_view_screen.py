@@ -142,8 +142,8 @@ def test_a_live_run_leaves_a_report_no_wider_than_the_terminal(run, terminal, wi
     assert "next hkft eval runs/quickstart-hiddenkey-s1-3f9a" in words
     if width >= 80:
         assert "final, step 378 validation loss 0.724 (gap 0.694), validation accuracy 0.773 (gap 0.220)" in words
-        assert "attention_logits column 0-5 4,536 0.1000 0.0998" in words
-        assert "hidden element 0-5 0 0.1000 did not fire" in words
+        assert "attention_logits column 0-5 4,536 0.1000 0.0998 1.2% x 1.0" in words
+        assert "hidden element 0-5 0 0.1000 did not fire - -" in words
 
 
 def test_an_interrupted_run_leaves_its_last_screen_and_the_cursor(run, terminal):
