@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -33,7 +34,7 @@ def noise(
             source, recipe, set or (), methods.split(","), rate=rate, draws=draws, rows=rows, tell=tell
         )
     if json:
-        return show_json(found)
+        return show_json([asdict(each) for each in found])
     head = f"{source or recipe}: {rows} rows, rate {rate:g}, {draws} masks"
     table(["method", "loss", "gradient", "noise / signal", "on dropped logits"], [
         [n.method, n.loss, n.norm, n.noise, None if n.dropped_share is None else f"{n.dropped_share:.1%}"] for n in found

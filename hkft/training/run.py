@@ -156,10 +156,10 @@ def _fit(begun: Begun) -> None:
     if resume and folder.summary.exists():
         facts["recipe"] = read_json(folder.summary)["recipe"]  # resolved.yaml, by which it may go on, is not its name
     write_json(folder.summary, summarise(recipe, watcher, trainer, "running", facts))
-    facts |= _self_check(begun)
     status = "failed"
-    environment.forget_peak(trainer.args.device)
     try:
+        facts |= _self_check(begun)
+        environment.forget_peak(trainer.args.device)
         with out_of_memory_explained(recipe), looks.StopOnSignal(watcher):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         status = "interrupted" if watcher.interrupted is not None else "finished"

@@ -245,3 +245,78 @@ def test_rate_zero_says_that_the_consistency_is_left_out(recipe_file, tmp_path):
 )
 def test_looks_are_spread_evenly_and_the_last_step_is_one(total, per_epoch, evals, expected):
     assert looks.steps(total, per_epoch, evals) == expected
+
+
+# --- the self-check, and what Trainer and the model bring of their own -------------------------------------------------
+
+
+def notices(folder: RunFolder) -> list[str]:
+    return [record["text"] for record in folder.records("notice")]
+
+
+def test_every_run_begins_with_a_self_check(finished):
+    summary = read_json(finished.summary)
+    assert summary["self_check"]["rows"] == 8
+    assert any(text.startswith("the method was checked on 8 rows in ") for text in notices(finished))
+    assert [site["cost"] > 0 for site in summary["sites"]] == [True, True]
+    assert summary["sites"][0]["protected"] is not None
+    assert summary["sites"][1]["protected"] is None
+
+
+def test_the_self_check_changes_nothing_of_the_training(recipe_file, tmp_path, monkeypatch):
+    checked = api.train(recipe_file, output=tmp_path / "checked")
+    monkeypatch.setattr(run, "_self_check", lambda begun: {})
+    unchecked = api.train(recipe_file, output=tmp_path / "unchecked")
+    one, two = ([r["objective"] for r in folder.records("train")] for folder in (checked, unchecked))
+    assert one == two
+
+
+def test_a_method_that_fails_the_self_check_is_not_trained(recipe_file, tmp_path, monkeypatch):
+    from hkft.dropout import dropper
+
+    monkeypatch.setattr(dropper, "hiddencut", lambda x, keep, rate, rescale: x)
+    with pytest.raises(MethodError, match="two training passes under different masks gave the same"):
+        api.train(recipe_file, ["dropout.method=hiddencut"], output=tmp_path / "run")
+    assert read_json(tmp_path / "run" / "summary.json")["status"] == "failed"
+
+
+def test_plain_training_has_no_method_to_check(recipe_file, tmp_path):
+    folder = api.train(recipe_file, ["dropout.method=none"], output=tmp_path / "run")
+    assert "self_check" not in read_json(folder.summary)
+
+
+def test_neftune_is_trainers_own_and_never_seen_by_a_look(recipe_file, tmp_path):
+    """Another path of training, the same first look, and what is saved gives the numbers of the looks."""
+    plain, noisy = (
+        api.train(recipe_file, ["dropout.method=none", f"train.neftune_noise_alpha={alpha}"], output=tmp_path / alpha)
+        for alpha in ("null", "15")
+    )
+    one, two = (folder.records("eval") for folder in (plain, noisy))
+    assert one[0]["validation"] == two[0]["validation"]
+    assert one[-1]["validation"]["loss"] != two[-1]["validation"]["loss"]
+    first, second = (next(iter(folder.records("train")))["task_loss"] for folder in (plain, noisy))
+    assert first != second  # already the first batch, on equal weights
+    again = saved.evaluate(saved.load_saved(noisy.path)).metrics()
+    assert again == pytest.approx(read_json(noisy.summary)["best"]["validation"], rel=1e-6)
+
+
+R_DROP = ["dropout.sites=[]", "dropout.consistency={kind: kl, gradient: both}"]
+
+
+def test_r_drop_takes_the_models_own_dropout_or_says_that_there_is_none(recipe_file, tmp_path):
+    text = recipe_file.read_text(encoding="utf-8").replace("method: hiddenkey, ", "")
+    recipe_file.write_text(text, encoding="utf-8")
+    folder = api.train(recipe_file, [*R_DROP, "model.native_dropout=0.2"], output=tmp_path / "with")
+    assert all(record["consistency"] > 0 for record in folder.records("train"))
+    folder = api.train(recipe_file, R_DROP, output=tmp_path / "without")
+    assert all(record["consistency"] is None for record in folder.records("train"))
+    assert "every dropout rate is 0, so the consistency loss is exactly 0: left out" in notices(folder)
+
+
+def test_the_named_r_drop_trains_through_both_passes(recipe_file):
+    recipe = load(recipe_file, ["dropout.method=r-drop"])
+    assert recipe.method.consistency is not None
+    assert (recipe.method.consistency.gradient, recipe.method.consistency.weight) == ("both", 0.5)
+    one = load(recipe_file, ["dropout.method=r-drop", "dropout.gradient=one"]).method.consistency
+    assert one is not None
+    assert one.gradient == "one"
