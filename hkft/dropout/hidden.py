@@ -22,4 +22,4 @@ def hiddencut(
     The expectation over masks is then x itself, as in ordinary dropout.
     """
     dropped = x * keep
-    return dropped / (1 - rate) if rescale == "inverse_keep" else dropped
+    return dropped.div_(1 - rate) if rescale == "inverse_keep" else dropped
