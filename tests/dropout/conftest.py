@@ -32,6 +32,7 @@ OFF = (
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertConfig", SIZE),
     "roberta": ("RobertaConfig", {**SIZE, "pad_token_id": 0}),
+    "xlm-roberta": ("XLMRobertaConfig", {**SIZE, "pad_token_id": 0}),
     "electra": ("ElectraConfig", {**SIZE, "embedding_size": 16}),
     "distilbert": (
         "DistilBertConfig",

@@ -16,6 +16,7 @@ from hkft.errors import MethodError
 FOUND = {
     "bert": "output.dense",
     "roberta": "output.dense",
+    "xlm-roberta": "output.dense",
     "electra": "output.dense",
     "distilbert": "ffn.lin2",
     "albert": "ffn_output",
@@ -34,7 +35,7 @@ FOUND = {
     "smollm3": "mlp.down_proj",
     "olmo2": "mlp.down_proj",
 }
-ENCODERS = {"bert", "roberta", "electra", "distilbert", "albert", "modernbert", "vit"}
+ENCODERS = {"bert", "roberta", "xlm-roberta", "electra", "distilbert", "albert", "modernbert", "vit"}
 # families outside the list of laws, by configuration class: right, or refused, but not somewhere else
 OTHERS = {
     "BartConfig": {"fc2"},
