@@ -16,7 +16,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hkft.api import compare, train
     from hkft.dropout.attach import Attachment, attach, attached
-    from hkft.dropout.method import METHODS, Consistency, Method, Site
+    from hkft.dropout.method import Consistency, Method, Site
+    from hkft.dropout.named import METHODS
     from hkft.dropout.noise import gradient_noise
     from hkft.dropout.selfcheck import self_check
     from hkft.errors import HkftError
@@ -44,7 +45,7 @@ _HOMES = {
     "Attachment": "hkft.dropout.attach",
     "attach": "hkft.dropout.attach",
     "attached": "hkft.dropout.attach",
-    "METHODS": "hkft.dropout.method",
+    "METHODS": "hkft.dropout.named",
     "Consistency": "hkft.dropout.method",
     "Method": "hkft.dropout.method",
     "Site": "hkft.dropout.method",

@@ -18,7 +18,7 @@ def methods(
     debug: Debug = False,
 ) -> None:
     """The dropout methods, and a recipe section for each."""
-    from hkft.dropout.method import METHODS, find
+    from hkft.dropout.named import METHODS, find
 
     if json:
         chosen = METHODS if name is None else {name: find(name)}

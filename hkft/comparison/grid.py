@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from hkft.dropout.method import check_rate, find
+from hkft.dropout.method import check_rate
+from hkft.dropout.named import find
 from hkft.errors import HkftError, MethodError, UsageError
 from hkft.events import Listener, Notice, Stage, silent
 from hkft.folder import RunFolder, check_place, read_json

@@ -1,13 +1,13 @@
 """The dropout framework of "LoRA Meets Dropout under a Unified Framework" (arXiv 2403.00812), usable alone.
 
-Read it in this order, with the paper beside it: `method`, `masks`, `attention`, `hidden`, `consistency`: data and pure
+Read it in this order, with the paper beside it: `method`, `named`, `masks`, `protect`, `attention`, `hidden`, `consistency`: data and pure
 functions. Then what puts them on a model: `families` (where the layers are), `dropper` and `interface` (how a site acts),
 `attach`. On top: `selfcheck` (does it do what it says?) and `noise` (how noisy is its gradient?). Needs torch and
 transformers; knows nothing of recipes or training.
 
-A new named method is one entry of `method.METHODS`, its line in `SUMMARIES` beside it:
+A new named method is one entry of `named.METHODS`:
 
-    "dropkey-late": Method([Site("attention_logits", "column", layers="latter-half")], name="dropkey-late"),
+    Method([Site("hidden", layers="latter-half")], name="hiddencut-late", summary="HiddenCut in the latter half"),
 
 It is then in `hkft methods`, in recipes, in `hkft compare`, and under the tests of every method.
 

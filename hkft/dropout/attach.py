@@ -18,7 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from hkft.dropout import families, interface
 from hkft.dropout.dropper import CountHook, DropHook, Dropper
-from hkft.dropout.method import LORA, PER_LAYER, Method, Site, find
+from hkft.dropout.method import LORA, PER_LAYER, Method, Site
+from hkft.dropout.named import find
 from hkft.errors import MethodError
 
 _ATTACHMENT = "_hkft_attachment"  # on the transformers model
@@ -102,7 +103,7 @@ class Attachment:
         position, pattern, rescale; layers, and modules, how many places drop; calls, over all of them;
         expected and measured: the drop rate, means over the layers' masks, as drawn (None before the first training pass,
         and where PyTorch draws the masks: `lora_input` by element); protected: the share of attention rows in which
-        `attention.protect` gave a key back (None where there is no such rule);
+        `protect` gave a key back (None where there is no such rule);
         cost: time of a training step with this site alone by that without any, as `self_check` measured it, else None.
         Gradient checkpointing runs a layer twice, and counts twice.
         """

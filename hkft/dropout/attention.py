@@ -18,48 +18,15 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.nn.functional import dropout, pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from hkft.dropout.method import Rescale
+from hkft.dropout.protect import AttentionMask, Keep, allowed, one_row_if_equal
 
-Keep = Bool[Tensor, "B H R K"]
-AttentionMask = (
-    Bool[Tensor, "Bm Hm Qm Km"] | Float[Tensor, "Bm Hm Qm Km"]
-)  # bool: True attends; float: added to the logits
-
-BLOCK = 128  # queries at a time, where weights themselves are needed
 LANES = 8  # fused kernels want a head size that is a multiple of this
-HIDDEN = (
-    -64.0
-)  # a bias below it hides a key, whatever a family writes there (-100, -10000, the least number): e^-64 is nothing
 FAR = -(2.0**15)  # added to a dropped logit: float16 holds it, and its exponential is 0 in every dtype
-
-
-def allowed(mask: AttentionMask | None) -> Bool[Tensor, "Bm Hm Qm Km"] | None:
-    """Which keys a query may attend to. None: all of them (but for causality, which the kernel is told apart)."""
-    if mask is None or mask.dtype == torch.bool:
-        return mask
-    return mask > HIDDEN
-
-
-def protect(keep: Keep, may: Bool[Tensor, "Bm Hm Qm Km"] | None, causal: bool) -> tuple[Keep, Tensor | None]:
-    """See to it that no row loses every key it may attend to, which would be NaN, or attention to the future.
-
-    In causal attention the first attended key is never dropped: every row then keeps one. Elsewhere, and under a sliding
-    window, a row that would lose every key keeps all of them. Returns the mask, and for a column mask whose rows differ in
-    what they may attend to, the rows to rescue, [B,H,Q,1], which the mask itself cannot express (else None).
-    """
-    if causal:
-        keep = keep | _first_key(may, keep.shape[-1], keep.device)
-    if may is not None and _varies_by_row(may) and keep.shape[-2] == 1 and may.shape[1] == 1:
-        counts = may[:, 0].float() @ keep[:, :, 0].float().transpose(1, 2)  # [B,Q,H]: keys left, without [B,H,Q,K]
-        return keep, (counts < 0.5).transpose(1, 2).unsqueeze(-1)
-    left = keep if may is None else keep & _one_row_if_equal(may)
-    lost = ~left.any(-1, keepdim=True)
-    return (keep | lost if keep.shape[-2] == lost.shape[-2] else keep), (
-        lost if lost.shape[-2] > keep.shape[-2] else None
-    )
 
 
 def dropkey(
@@ -76,10 +43,15 @@ def dropkey(
 ) -> Float[Tensor, "B H Q Dv"]:
     """Attention with dropped logits, w' = softmax(g with -inf where keep is False) (DropKey).
 
-    A column mask without causality is an additive [B,H,1,K] mask. Otherwise the drop travels inside the product: q gets one
-    more dimension of value 1 / scale (0 in a rescued row) and k one of value 0 where kept, FAR where dropped. The kernel's
-    own causal path and a mask shared by all heads then stay as they are.
+    A column mask without causality is an additive [B,H,1,K] mask, and so it is beside the causality of PyTorch's own kernel on
+    the CPU. Otherwise the drop travels inside the product: q gets one more dimension of value 1 / scale (0 in a rescued
+    row) and k one of value 0 where kept, FAR where dropped. The kernel's own causal path and a mask shared by all heads
+    then stay as they are.
     """
+    if causal and mask is None and keep.shape[-2] == 1 and not dropout_p and _on_cpu_kernel(q, k, v, scale):
+        column = torch.zeros_like(keep, dtype=q.dtype).masked_fill(~keep, float("-inf"))
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return kernel(q, k, v, is_causal=True, attn_mask=column, scale=scale)[0]
     if keep.shape[-2] > 1 or (rescued is None and not causal):
         return sdpa(q, k, v, attn_mask=_and(mask, keep, causal, q.shape[-2]), dropout_p=dropout_p, scale=scale)
     obey = torch.full_like(q[..., :1], 1 / scale)
@@ -185,54 +157,11 @@ def explicit(
     return dropout(weights.to(v.dtype), dropout_p) @ v
 
 
-@torch.no_grad()
-def most_attended(
-    q: Float[Tensor, "B H Q D"],
-    k: Float[Tensor, "B H K D"],
-    *,
-    mask: AttentionMask | None,
-    causal: bool,
-    scale: float,
-    softcap: float | None = None,
-    share: float = 0.4,
-) -> Bool[Tensor, "B K"]:
-    """The `share` of a sample's keys that get the most attention, summed over heads and queries: where HiddenCut cuts.
-
-    Keys that no query may attend to (padding) are not among them. Queries go by in blocks: [B,H,Q,K] is never built.
-    """
-    place, received = torch.arange(k.shape[2], device=q.device), torch.zeros_like(k[:, 0, :, 0], dtype=torch.float32)
-    for first in range(0, q.shape[2], BLOCK):
-        rows = slice(first, first + BLOCK)
-        logits = (q[:, :, rows] @ k.transpose(-1, -2)).float() * scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        part = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
-        if part is not None and part.dtype != torch.bool:
-            logits = logits + part
-        if (may := allowed(part)) is not None:
-            logits = logits.masked_fill(~may, torch.finfo(logits.dtype).min)
-        elif causal:
-            logits = logits.masked_fill(place > place[rows, None], torch.finfo(logits.dtype).min)
-        weights = torch.softmax(logits, -1)
-        received += (weights if may is None else weights * may).sum((1, 2))
-    count = torch.ceil(share * (received > 0).sum(-1, keepdim=True))
-    return received.argsort(-1, descending=True).argsort(-1) < count
-
-
-def _first_key(may: Tensor | None, keys: int, device: torch.device) -> Bool[Tensor, "Bm 1 1 K"]:
-    """Where the first attended key stands. The last query sees the most, so its row tells, whatever side is padded."""
-    place = torch.arange(keys, device=device)
-    if may is None:
-        return (place == 0).view(1, 1, 1, -1)
-    return place == may[:, :1, -1:, :].to(torch.uint8).argmax(-1, keepdim=True)
-
-
-def _varies_by_row(mask: Tensor) -> bool:
-    return mask.shape[-2] > 1 and mask.stride(-2) != 0
-
-
-def _one_row_if_equal(mask: Tensor) -> Tensor:
-    return mask if _varies_by_row(mask) else mask[..., :1, :]
+def _on_cpu_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+    """Whether PyTorch would take its CPU flash kernel here. That takes causality and a mask together; `sdpa` refuses both."""
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return torch.ops.aten._fused_sdp_choice(q, k, v, is_causal=True, scale=scale) == SDPBackend.FLASH_ATTENTION.value
 
 
 def _and(mask: Tensor | None, keep: Tensor, causal: bool, queries: int) -> Tensor:
@@ -241,5 +170,5 @@ def _and(mask: Tensor | None, keep: Tensor, causal: bool, queries: int) -> Tenso
         if not causal:
             return keep
         return keep & torch.ones(queries, keep.shape[-1], dtype=torch.bool, device=keep.device).tril()
-    mask = _one_row_if_equal(mask)
+    mask = one_row_if_equal(mask)
     return mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, float("-inf"))

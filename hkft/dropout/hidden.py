@@ -5,10 +5,14 @@ Shapes: B batch, L tokens, D size; a mask has size 1 where one decision holds fo
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hkft.dropout.method import Rescale
+from hkft.dropout.protect import AttentionMask, allowed
+
+BLOCK = 128  # queries at a time, where weights themselves are needed
 
 
 def hiddencut(
@@ -23,3 +27,37 @@ def hiddencut(
     """
     dropped = x * keep
     return dropped.div_(1 - rate) if rescale == "inverse_keep" else dropped
+
+
+@torch.no_grad()
+def most_attended(
+    q: Float[Tensor, "B H Q D"],
+    k: Float[Tensor, "B H K D"],
+    *,
+    mask: AttentionMask | None,
+    causal: bool,
+    scale: float,
+    softcap: float | None = None,
+    share: float = 0.4,
+) -> Bool[Tensor, "B K"]:
+    """The `share` of a sample's keys that get the most attention, summed over heads and queries: where HiddenCut cuts.
+
+    Keys that no query may attend to (padding) are not among them. Queries go by in blocks: [B,H,Q,K] is never built.
+    """
+    place, received = torch.arange(k.shape[2], device=q.device), torch.zeros_like(k[:, 0, :, 0], dtype=torch.float32)
+    for first in range(0, q.shape[2], BLOCK):
+        rows = slice(first, first + BLOCK)
+        logits = (q[:, :, rows] @ k.transpose(-1, -2)).float() * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        part = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+        if part is not None and part.dtype != torch.bool:
+            logits = logits + part
+        if (may := allowed(part)) is not None:
+            logits = logits.masked_fill(~may, torch.finfo(logits.dtype).min)
+        elif causal:
+            logits = logits.masked_fill(place > place[rows, None], torch.finfo(logits.dtype).min)
+        weights = torch.softmax(logits, -1)
+        received += (weights if may is None else weights * may).sum((1, 2))
+    count = torch.ceil(share * (received > 0).sum(-1, keepdim=True))
+    return received.argsort(-1, descending=True).argsort(-1) < count

@@ -19,6 +19,8 @@ from transformers.integrations.sdpa_attention import create_position_bias_mask, 
 from hkft.dropout import attention
 from hkft.dropout.dropper import Dropper
 from hkft.dropout.families import Family
+from hkft.dropout.hidden import most_attended
+from hkft.dropout.protect import allowed, protect
 from hkft.errors import MethodError
 
 SITE = "_hkft_site"  # on an attention module: the Dropper of its own position
@@ -139,9 +141,7 @@ def _attend(
     scale = kwargs.get("scaling")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if guide and guide.rate:
-        guide.likely = attention.most_attended(
-            q, k, mask=mask, causal=causal, scale=scale, softcap=kwargs.get("softcap")
-        )
+        guide.likely = most_attended(q, k, mask=mask, causal=causal, scale=scale, softcap=kwargs.get("softcap"))
     if not dropper or not dropper.rate:
         return own(module, query, key, value, attention_mask, **kwargs)
     native = float(kwargs.get("dropout") or 0.0)
@@ -167,7 +167,7 @@ def _drop(
     logits = site.position == "attention_logits" or site.rescale == "normalised_with_gradient"  # the same to the letter
     rescued, protected = None, None
     if logits or site.rescale == "normalised":
-        keep, rescued = attention.protect(drawn, attention.allowed(mask), causal)
+        keep, rescued = protect(drawn, allowed(mask), causal)
         acted = (keep != drawn).any(-1, keepdim=True)
         acted = (acted if rescued is None else acted | rescued).expand(B, H, Q, 1)
         protected = acted.sum()

@@ -15,7 +15,7 @@ and, beyond the paper, on the update B A x that LoRA adds to a linear map:
     lora_rank          A x; as a column, whole rank dimensions                 [B,L,r]     [r]
     lora_output        B A x; as a column, whole rows of B                     [B,L,out]   [out]
 
-Compensation is a site's `rescale` and the method's `consistency`. A new named method is one entry of `METHODS`.
+Compensation is a site's `rescale` and the method's `consistency`. The methods that have a name are in `named`.
 
 Sources: Wang et al., arXiv 2403.00812 (the paper); DropKey, 2208.02646; DropAttention, 1907.11065; HiddenCut, 2106.00149;
 R-Drop, 2106.14448; LoRA Dropout, 2404.09610; DropLoRA, 2508.17337. This module imports neither torch nor transformers.
@@ -24,7 +24,7 @@ R-Drop, 2106.14448; LoRA Dropout, 2404.09610; DropLoRA, 2508.17337. This module 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from hkft.errors import MethodError, nearest
@@ -57,19 +57,15 @@ RESCALES: dict[Position, tuple[Rescale, ...]] = {
 
 def check_rate(rate: float, where: str = "rate") -> None:
     """Raise MethodError unless `rate` is a probability below 1."""
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-        raise MethodError("a dropout rate is a probability", where=where, found=repr(rate), allowed="0 <= rate < 1")
+    fine = isinstance(rate, int | float) and not isinstance(rate, bool) and 0 <= rate < 1
+    _refuse(not fine, "a dropout rate is a probability", where, repr(rate), "0 <= rate < 1")
 
 
 def one_of(where: str, value: Any, choices: Any) -> None:
     """Raise MethodError unless `value` is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
-        raise MethodError(
-            f"there is no {where} {value!r}",
-            where=where,
-            allowed=", ".join(choices),
-            hint=nearest(str(value), choices),
-        )
+        hint = nearest(str(value), choices)
+        raise MethodError(f"there is no {where} {value!r}", where=where, allowed=", ".join(choices), hint=hint)
 
 
 @dataclass(frozen=True)
@@ -98,48 +94,24 @@ class Site:
     start: Start = "uniform"
 
     def __post_init__(self) -> None:
-        one_of("position", self.position, get_args(Position))
-        one_of("pattern", self.pattern, get_args(Pattern))
-        one_of("schedule", self.schedule, get_args(Schedule))
+        for name, choices in (("position", Position), ("pattern", Pattern), ("schedule", Schedule), ("start", Start)):
+            one_of(name, getattr(self, name), get_args(choices))
         if self.rate is not None:
             check_rate(self.rate)
-        one_of("start", self.start, get_args(Start))
-        if self.position in LORA and self.pattern == "span":
-            raise MethodError(
-                f"the features of {self.position} have no order, so a run of them means nothing",
-                where="pattern",
-                found=self.pattern,
-                allowed="element, column",
-            )
-        if self.start == "attended" and (self.position, self.pattern) != ("hidden", "span"):
-            raise MethodError(
-                "only a span of hidden tokens begins at an attended one",
-                where="start",
-                found=f"attended, for {self.position}/{self.pattern}",
-                allowed="uniform",
-            )
+        features = f"the features of {self.position} have no order, so a run of them means nothing"
+        _refuse(self.position in LORA and self.pattern == "span", features, "pattern", self.pattern, "element, column")
+        astray = self.start == "attended" and (self.position, self.pattern) != ("hidden", "span")
+        found = f"attended, for {self.position}/{self.pattern}"
+        _refuse(astray, "only a span of hidden tokens begins at an attended one", "start", found, "uniform")
+        possible = RESCALES[self.position]
         if self.rescale is None:
-            object.__setattr__(self, "rescale", RESCALES[self.position][0])
-        if self.rescale not in RESCALES[self.position]:
-            raise MethodError(
-                f"{self.position} cannot be rescaled this way",
-                where="rescale",
-                found=str(self.rescale),
-                allowed=", ".join(RESCALES[self.position]),
-            )
+            object.__setattr__(self, "rescale", possible[0])
+        impossible = f"{self.position} cannot be rescaled this way"
+        _refuse(self.rescale not in possible, impossible, "rescale", str(self.rescale), ", ".join(possible))
         if isinstance(self.layers, str):
             one_of("layers", self.layers, ("auto", "all", "latter-half"))
         else:
-            layers = tuple(self.layers) if isinstance(self.layers, Sequence) else ()
-            whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in layers)
-            if not layers or not whole or len(set(layers)) < len(layers):
-                raise MethodError(
-                    "layers are different whole numbers from 0",
-                    where="layers",
-                    found=repr(list(layers) or self.layers),
-                    allowed="auto, all, latter-half, or a list such as [0, 1, 2]",
-                )
-            object.__setattr__(self, "layers", layers)
+            object.__setattr__(self, "layers", _numbers(self.layers))
 
     def rate_at(self, index: int, count: int) -> float:
         """The rate in the `index`-th of the `count` layers chosen, both counted from the input."""
@@ -170,28 +142,24 @@ class Consistency:
         one_of("kind", self.kind, get_args(Kind))
         one_of("gradient", self.gradient, ("one", "both"))
         number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
-        if not number or not 0 <= self.weight < float("inf"):
-            raise MethodError("weight is a number from 0", where="weight", found=repr(self.weight))
+        fine = number and 0 <= self.weight < float("inf")
+        _refuse(not fine, "weight is a number from 0", "weight", repr(self.weight))
 
 
 @dataclass(frozen=True)
 class Method:
-    """Sites and a consistency loss. `Method()` is plain training."""
+    """Sites and a consistency loss. `Method()` is plain training. summary: one line for `hkft methods`."""
 
     sites: Sequence[Site] = ()
     consistency: Consistency | None = None
     name: str = "custom"
+    summary: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", tuple(self.sites))
-        places = [site.position for site in self.sites]
-        attention = [place for place in places if place.startswith("attention_")]
-        if len(attention) > 1:
-            raise MethodError(
-                "one attention site at a time: DropKey and DropAttention of one mask are the same forward (paper Eq. 13)",
-                where="sites",
-                found=", ".join(attention),
-            )
+        attention = [site.position for site in self.sites if site.position.startswith("attention_")]
+        same = "one attention site at a time: DropKey and DropAttention of one mask are the same forward (paper Eq. 13)"
+        _refuse(len(attention) > 1, same, "sites", ", ".join(attention))
 
     @property
     def active(self) -> bool:
@@ -218,58 +186,25 @@ class Method:
     def as_dict(self) -> dict[str, Any]:
         """The full record, as a recipe's `dropout` section writes it."""
         record = asdict(self)
+        del record["summary"]
         record["sites"] = [{**site, "layers": _plain(site["layers"])} for site in record["sites"]]
         return record
 
 
-METHODS: dict[str, Method] = {
-    "none": Method(name="none"),
-    "lora-dropout": Method([Site("lora_input", layers="all")], name="lora-dropout"),
-    "dropkey": Method([Site("attention_logits", "column")], name="dropkey"),
-    "dropattention": Method([Site("attention_weights", "column")], name="dropattention"),
-    "hiddencut": Method([Site("hidden", "element", rescale="inverse_keep")], name="hiddencut"),
-    "hiddenkey-": Method(
-        [Site("attention_logits", "column"), Site("hidden", "element", rescale="inverse_keep")],
-        name="hiddenkey-",
-    ),
-    "hiddenkey": Method(
-        [Site("attention_logits", "column"), Site("hidden", "element", rescale="inverse_keep")],
-        consistency=Consistency("kl"),
-        name="hiddenkey",
-    ),
-    "hiddencut-span": Method(
-        [Site("hidden", "span", start="attended")],
-        consistency=Consistency("js_symmetric", gradient="both"),
-        name="hiddencut-span",
-    ),
-    "r-drop": Method([Site("lora_input", layers="all")], consistency=Consistency("kl", gradient="both"), name="r-drop"),
-    "lora-matrix-dropout": Method(
-        [Site("lora_input", "column", layers="all"), Site("lora_output", "column", layers="all")],
-        name="lora-matrix-dropout",
-    ),
-    "droplora": Method([Site("lora_rank", "column", layers="all")], name="droplora"),
-}
-
-SUMMARIES: dict[str, str] = {
-    "none": "plain LoRA, no dropout: the baseline",
-    "lora-dropout": "dropout on the input of LoRA's A matrices, as PEFT's lora_dropout does",
-    "dropkey": "whole keys hidden from every query of a head, before the softmax",
-    "dropattention": "whole keys' attention weights dropped after the softmax, the rest renormalised",
-    "hiddencut": "elements of the FFN output dropped, the rest scaled by 1/(1-p)",
-    "hiddenkey-": "column DropKey and element HiddenCut together",
-    "hiddenkey": "HiddenKey- and a KL loss between two passes: the paper's best, about 1.5 x the time",
-    "hiddencut-span": "HiddenCut as first published: a span that begins at an attended token, and its JS loss",
-    "r-drop": "R-Drop: LoRA's ordinary dropout, and a KL loss that trains through both passes",
-    "lora-matrix-dropout": "Lin et al.'s LoRA Dropout: whole columns of A and rows of B",
-    "droplora": "whole rank dimensions between A and B",
-}
-
-
-def find(name: str) -> Method:
-    """The named method. Raises MethodError with the nearest name."""
-    one_of("method", name, METHODS)
-    return METHODS[name]
-
-
 def _plain(layers: str | Sequence[int]) -> str | list[int]:
     return layers if isinstance(layers, str) else list(layers)
+
+
+def _numbers(layers: Any) -> tuple[int, ...]:
+    """A list of layers as a tuple. Raises MethodError where one is no whole number from 0, or stands twice."""
+    numbers = tuple(layers) if isinstance(layers, Sequence) else ()
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
+    fine = numbers and whole and len(set(numbers)) == len(numbers)
+    found, allowed = repr(list(numbers) or layers), "auto, all, latter-half, or a list such as [0, 1, 2]"
+    _refuse(not fine, "layers are different whole numbers from 0", "layers", found, allowed)
+    return numbers
+
+
+def _refuse(wrong: bool, message: str, where: str, found: str, allowed: str | None = None) -> None:
+    if wrong:
+        raise MethodError(message, where=where, found=found, allowed=allowed)

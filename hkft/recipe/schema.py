@@ -23,8 +23,8 @@ from hkft.dropout.method import (
     Site,
     Start,
     check_rate,
-    find,
 )
+from hkft.dropout.named import find
 from hkft.errors import RecipeError
 from hkft.recipe.fields import CLASSES, defaults
 from hkft.recipe.text import dump, show

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from hkft.dropout.attach import attached
 from hkft.dropout.consistency import LOSSES, squared
-from hkft.dropout.method import Consistency, Method, find
+from hkft.dropout.method import Consistency, Method
+from hkft.dropout.named import find
 from hkft.errors import MethodError
 
 IGNORED = -100  # a label that is not learned, as everywhere in torch and transformers

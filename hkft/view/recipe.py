@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from hkft.dropout.method import SUMMARIES, Method
+from hkft.dropout.method import Method
 from hkft.view.console import output, say
 from hkft.view.tables import table
 
@@ -58,7 +58,7 @@ def show_method(method: Method) -> None:
         site.pop("rate")
     text = yaml.safe_dump(section, sort_keys=False)
     console = output()
-    say(console, f"{method.name}: {SUMMARIES.get(method.name, '')}\n")
+    say(console, f"{method.name}: {method.summary}\n")
     say(console, f"dropout: {{method: {method.name}, rate: 0.1}}\n\nor, in full:\n\n{text}")
 
 

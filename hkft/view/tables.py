@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hkft.dropout.method import METHODS, SUMMARIES
+from hkft.dropout.named import METHODS
 from hkft.view.console import is_plain, output, say
 
 Rows = Sequence[Sequence[Any]]
@@ -31,7 +31,7 @@ def methods_table(console: Console | None = None) -> None:
     rows = []
     for name, method in METHODS.items():
         sites = ", ".join(f"{site.position}/{site.pattern}" for site in method.sites) or "-"
-        rows.append([name, sites, method.consistency.kind if method.consistency else "-", SUMMARIES[name]])
+        rows.append([name, sites, method.consistency.kind if method.consistency else "-", method.summary])
     table(["method", "drops", "loss", "in words"], rows, console=console)
 
 

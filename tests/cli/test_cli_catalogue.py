@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hkft.dropout.method import METHODS
+from hkft.dropout.named import METHODS
 from hkft.recipe import load
 from hkft.recipe.catalogue import shipped
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hkft.dropout.method import METHODS as NAMES
+from hkft.dropout.named import METHODS as NAMES
 from hkft.folder import read_json
 
 METHODS = ", ".join(NAMES)

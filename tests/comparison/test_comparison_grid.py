@@ -7,7 +7,7 @@ import pytest
 from hkft import api
 from hkft.comparison import grid
 from hkft.comparison.compare import Failure
-from hkft.dropout.method import METHODS
+from hkft.dropout.named import METHODS
 from hkft.errors import DataError, DivergedError, HkftError, MethodError, UsageError
 from hkft.events import Notice, Stage
 from hkft.folder import RunFolder, read_json, write_json, write_text

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hkft.dropout import attention
 from hkft.dropout.masks import PATTERNS, uniform
+from hkft.dropout.protect import allowed, protect
 
 B, H, L, D = 2, 3, 7, 5
 SCALE = D**-0.5
@@ -30,6 +31,13 @@ MASKS = [
 ]
 RESCALES = ["normalised", "normalised_with_gradient", "inverse_keep", "none"]
 FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+@pytest.fixture(params=["cpu", "widened"], autouse=True)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of this twice: the second time as where no kernel takes causality and a mask together, as on a GPU."""
+    if request.param == "widened":
+        monkeypatch.setattr(attention, "_on_cpu_kernel", lambda *_: False)
 
 
 def mask_of(kind: str, size: int = L, real: int = 4) -> tuple[Tensor | None, bool]:
@@ -74,7 +82,7 @@ def drawn(pattern: str, rate: float, size: int = L) -> Tensor:
 def formula(
     q: Tensor, k: Tensor, v: Tensor, kept: Tensor, may: Tensor, bias: Tensor | None, rate: float, rescale: str | None
 ) -> Tensor:
-    """The paper's Eq. 3-5 once more, naively, as a reference for `explicit` itself. `kept` [B,H,Q,K] or [B,H,1,K]."""
+    """The formulas of the paper once more, naively, as a reference for `explicit` itself. `kept` [B,H,Q,K] or [B,H,1,K]."""
     g = SCALE * torch.einsum("bhqd,bhkd->bhqk", q, k)
     if bias is not None:
         g = g + bias.masked_fill(~may, 0)
@@ -116,7 +124,7 @@ def test_fused_equals_explicit_equals_formula(kind: str, pattern: str, rescale: 
         inputs = qkv()
         keep, rescued = drawn(pattern, rate), None
         if rescale in (None, "normalised", "normalised_with_gradient"):
-            keep, rescued = attention.protect(keep, attention.allowed(mask), causal)
+            keep, rescued = protect(keep, allowed(mask), causal)
         real = may.any(-1, keepdim=True)  # a padding query with nothing to attend to may come out as anything finite
         weight = torch.randn(B, H, L, D, dtype=torch.float64) * real
         shared: dict[str, Any] = {"mask": mask, "scale": SCALE, "rescued": rescued}
@@ -142,7 +150,7 @@ def test_fused_equals_explicit_equals_formula(kind: str, pattern: str, rescale: 
 def test_a_value_of_another_size_than_the_key_is_no_trouble(dim: int) -> None:
     q, k, _ = qkv()
     v = torch.randn(B, H, L, dim, dtype=torch.float64)
-    keep = attention.protect(drawn("column", 0.5), None, True)[0]
+    keep = protect(drawn("column", 0.5), None, True)[0]
     may = may_attend(None, True)
     out = attention.dropattention(q, k, v, keep, mask=None, causal=True, scale=SCALE, rate=0.5)
     agree([out], [formula(q, k, v, keep.expand(B, H, L, L), may, None, 0.5, "normalised")])
@@ -178,7 +186,7 @@ def test_no_row_loses_its_last_key_and_no_other_row_changes(kind: str, pattern: 
     first = may[..., -1, :].to(torch.uint8).argmax(-1)[:, :, None, None]  # [B,1,1,1]: first key of the last query
     for _ in range(20):
         before = drawn(pattern, 0.8)
-        keep, rescued = attention.protect(before, attention.allowed(mask), causal)
+        keep, rescued = protect(before, allowed(mask), causal)
         kept = (keep if rescued is None else keep | rescued) & may
         assert (kept.any(-1) | ~may.any(-1)).all()
         expected = before | (torch.arange(L) == first) if causal else before
@@ -191,7 +199,7 @@ def test_the_first_attended_key_is_never_dropped_whatever_side_is_padded() -> No
     gone = torch.zeros(B, H, 1, L, dtype=torch.bool)
     for kind, first in (("causal", 0), ("causal-right-padded", 0), ("causal-left-padded", 3)):
         mask, causal = mask_of(kind)
-        keep, _ = attention.protect(gone, attention.allowed(mask), causal)
+        keep, _ = protect(gone, allowed(mask), causal)
         assert keep[0, 0, 0].tolist() == [place == first for place in range(L)]
 
 
@@ -204,7 +212,7 @@ def test_law_1_dropkey_and_dropattention_of_one_mask_are_the_same_forward(kind: 
     """Paper Eq. 13."""
     mask, causal = mask_of(kind)
     inputs = qkv()
-    keep, rescued = attention.protect(drawn(pattern, 0.6), attention.allowed(mask), causal)
+    keep, rescued = protect(drawn(pattern, 0.6), allowed(mask), causal)
     shared: dict[str, Any] = {"mask": mask, "scale": SCALE, "rescued": rescued}
     key = attention.dropkey(*inputs, keep, **shared, causal=causal)
     if pattern == "element":
@@ -315,7 +323,7 @@ def test_law_5_finite_at_rate_99_with_one_real_token(pattern: str, rescale: str 
         inputs = qkv(dtype=dtype)
         keep, rescued = drawn(pattern, 0.99), None
         if rescale in (None, "normalised", "normalised_with_gradient"):
-            keep, rescued = attention.protect(keep, attention.allowed(mask), causal)
+            keep, rescued = protect(keep, allowed(mask), causal)
         shared: dict[str, Any] = {"mask": mask, "scale": SCALE, "rescued": rescued}
         if rescale is None:
             out = attention.dropkey(*inputs, keep, **shared, causal=causal)
@@ -408,7 +416,7 @@ def test_no_tensor_of_heads_by_queries_by_keys(pattern: str, rescale: str | None
     mask, causal = mask_of(kind, size, real=100)
     inputs = qkv(size, 16, torch.float32)
     with Recorder() as record:
-        keep, rescued = attention.protect(drawn(pattern, 0.3, size), attention.allowed(mask), causal)
+        keep, rescued = protect(drawn(pattern, 0.3, size), allowed(mask), causal)
         shared: dict[str, Any] = {"mask": mask, "causal": causal, "scale": 0.25, "rescued": rescued}
         if rescale is None:
             out = attention.dropkey(*inputs, keep, **shared)
@@ -441,7 +449,8 @@ def test_the_widened_head_size_stays_a_multiple_of_eight(dim: int, monkeypatch: 
         return real(q, k, v, **kwargs)
 
     monkeypatch.setattr(attention, "sdpa", spy)
-    inputs, keep = qkv(L, dim), attention.protect(drawn("column", 0.3), None, True)[0]
+    monkeypatch.setattr(attention, "_on_cpu_kernel", lambda *_: False)
+    inputs, keep = qkv(L, dim), protect(drawn("column", 0.3), None, True)[0]
     attention.dropkey(*inputs, keep, mask=None, causal=True, scale=1.0)
     attention.dropattention(*inputs, keep, mask=None, causal=True, scale=1.0, rate=0.3)
     assert seen == [(dim + 8,) * 3] * 2
@@ -450,7 +459,7 @@ def test_the_widened_head_size_stays_a_multiple_of_eight(dim: int, monkeypatch: 
 @pytest.mark.parametrize("rescale", [None, "normalised"], ids=["dropkey", "dropattention"])
 def test_the_math_kernel_gives_the_same(rescale: str | None) -> None:
     """Where no fused kernel is at hand PyTorch falls back: nothing may hang on which one runs."""
-    inputs, keep = qkv(), attention.protect(drawn("column", 0.5), None, True)[0]
+    inputs, keep = qkv(), protect(drawn("column", 0.5), None, True)[0]
 
     def out() -> Tensor:
         if rescale is None:
@@ -458,15 +467,16 @@ def test_the_math_kernel_gives_the_same(rescale: str | None) -> None:
         return attention.dropattention(*inputs, keep, mask=None, causal=True, scale=SCALE, rate=0.5)
 
     flash = out()
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), Recorder() as record:
         agree([flash], [out()])
+    assert not any(FLASH in name for name in record.kernels), sorted(record.kernels)
 
 
 def test_soft_cap_of_the_explicit_form() -> None:
     """Gemma 2: g = c tanh(g / c), before mask and drop."""
     cap = 1.5
     q, k, v = (x.detach() for x in qkv())
-    keep = attention.protect(drawn("column", 0.5), None, True)[0]
+    keep = protect(drawn("column", 0.5), None, True)[0]
     out = attention.explicit(q, k, v, keep, mask=None, causal=True, scale=SCALE, rate=0.5, rescale=None, softcap=cap)
     for b, h, row in itertools.product(range(B), range(H), range(L)):
         g = [cap * math.tanh(SCALE * float(q[b, h, row] @ k[b, h, j]) / cap) for j in range(row + 1)]
@@ -491,7 +501,7 @@ def test_law_1_in_float16_where_the_kept_mass_is_small() -> None:
 def test_explicit_computes_in_float64_what_comes_in_float64(kind: str) -> None:
     mask, causal = mask_of(kind)
     inputs = qkv()
-    keep, rescued = attention.protect(drawn("column", 0.5), attention.allowed(mask), causal)
+    keep, rescued = protect(drawn("column", 0.5), allowed(mask), causal)
     shared: dict[str, Any] = {"mask": mask, "scale": SCALE, "rescued": rescued}
     out = attention.explicit(*inputs, keep, **shared, causal=causal and mask is None, rate=0.5, rescale=None)
     real = may_attend(mask, causal).any(-1, keepdim=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hkft import Method, Site, attach
-from hkft.dropout.attention import most_attended
+from hkft.dropout.hidden import most_attended
 from hkft.dropout.masks import span, uniform
 
 

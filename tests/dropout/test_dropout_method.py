@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from hkft.dropout.method import METHODS, RESCALES, SUMMARIES, Consistency, Method, Site, find
+from hkft.dropout.method import RESCALES, Consistency, Method, Site
+from hkft.dropout.named import METHODS, find
 from hkft.errors import MethodError
 
 POSITIONS = "attention_logits, attention_weights, hidden, input, output, lora_input, lora_rank, lora_output"
@@ -265,7 +266,8 @@ def test_named_methods() -> None:
     assert {s.start for s in METHODS["hiddencut-span"].sites} == {"attended"}
     layers = {(s.position.startswith("lora_"), s.layers) for m in METHODS.values() for s in m.sites}
     assert layers == {(True, "all"), (False, "auto")}  # LoRA's own dropouts act wherever there is LoRA
-    assert SUMMARIES.keys() == METHODS.keys()
+    assert all(method.summary for method in METHODS.values())
+    assert len({method.summary for method in METHODS.values()}) == len(METHODS)
 
 
 def test_passes_and_active() -> None:
@@ -332,6 +334,6 @@ def test_as_dict_content() -> None:
 
 def test_importing_the_methods_imports_neither_torch_nor_transformers() -> None:
     heavy = "{'torch', 'transformers', 'peft', 'numpy'}"
-    code = f"import sys, hkft, hkft.dropout.method; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, hkft, hkft.dropout.named; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hkft.dropout.method import METHODS
+from hkft.dropout.named import METHODS
 from hkft.errors import RecipeError
 from hkft.recipe import load
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from hkft.dropout.method import METHODS, Consistency, Method, Site
+from hkft.dropout.method import Consistency, Method, Site
+from hkft.dropout.named import METHODS
 from hkft.errors import RecipeError, SetupError
 from hkft.recipe import describe, fields, load, reference, shipped
 from hkft.recipe.text import dump, parse

@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from hkft.dropout.method import METHODS
+from hkft.dropout.named import METHODS
 from hkft.errors import HkftError, Problem, RecipeError
 from hkft.view.errors import show_error
 from hkft.view.tables import methods_table, plain_table, table

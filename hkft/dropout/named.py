@@ -1,0 +1,68 @@
+"""The methods that have a name: in recipes, in `hkft methods`, in `hkft compare`. A new one is one entry of `METHODS`.
+
+The paper's own are dropkey to hiddenkey; the others are its controls. Sources: the head of `method`. No torch here.
+"""
+
+from __future__ import annotations
+
+from hkft.dropout.method import Consistency, Method, Site, one_of
+
+_DROPKEY = Site("attention_logits", "column")
+_HIDDENCUT = Site("hidden", "element", rescale="inverse_keep")
+_LORA_DROPOUT = Site("lora_input", layers="all")
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method([], None, "none", "plain LoRA, no dropout: the baseline"),
+        Method(
+            [_LORA_DROPOUT],
+            name="lora-dropout",
+            summary="dropout on the input of LoRA's A matrices, as PEFT's lora_dropout does",
+        ),
+        Method([_DROPKEY], name="dropkey", summary="whole keys hidden from every query of a head, before the softmax"),
+        Method(
+            [Site("attention_weights", "column")],
+            name="dropattention",
+            summary="whole keys' attention weights dropped after the softmax, the rest renormalised",
+        ),
+        Method(
+            [_HIDDENCUT], name="hiddencut", summary="elements of the FFN output dropped, the rest scaled by 1/(1-p)"
+        ),
+        Method([_DROPKEY, _HIDDENCUT], name="hiddenkey-", summary="column DropKey and element HiddenCut together"),
+        Method(
+            [_DROPKEY, _HIDDENCUT],
+            Consistency("kl"),
+            name="hiddenkey",
+            summary="HiddenKey- and a KL loss between two passes: the paper's best, about 1.5 x the time",
+        ),
+        Method(
+            [Site("hidden", "span", start="attended")],
+            Consistency("js_symmetric", gradient="both"),
+            name="hiddencut-span",
+            summary="HiddenCut as first published: a span that begins at an attended token, and its JS loss",
+        ),
+        Method(
+            [_LORA_DROPOUT],
+            Consistency("kl", gradient="both"),
+            name="r-drop",
+            summary="R-Drop: LoRA's ordinary dropout, and a KL loss that trains through both passes",
+        ),
+        Method(
+            [Site("lora_input", "column", layers="all"), Site("lora_output", "column", layers="all")],
+            name="lora-matrix-dropout",
+            summary="Lin et al.'s LoRA Dropout: whole columns of A and rows of B",
+        ),
+        Method(
+            [Site("lora_rank", "column", layers="all")],
+            name="droplora",
+            summary="whole rank dimensions between A and B",
+        ),
+    )
+}
+
+
+def find(name: str) -> Method:
+    """The named method. Raises MethodError with the nearest name."""
+    one_of("method", name, METHODS)
+    return METHODS[name]
