@@ -6,8 +6,9 @@ Each site becomes a Dropper in every layer chosen. The attention positions go th
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -26,36 +27,59 @@ _ATTACHMENT = "_hkft_attachment"  # on the transformers model
 
 
 class ProofHook:
-    """Forward hook on the model: after its first training pass, every site must have fired, or the method is a lie.
+    """Hooks on the model: in every training pass each site must fire in each layer that runs, or the method is a lie.
 
-    What may have changed since attaching is looked at again: LoRA put around an FFN output would add its update behind
-    the drop, and checkpointing, whenever it comes, would draw other masks from a seed when it replays.
+    A pass without gradients is not judged: it may be a reference, with adapters off. In the first pass what may have changed
+    since attaching is looked at again: LoRA put around an FFN output would add its update behind the drop, and
+    checkpointing, whenever it comes, would draw other masks from a seed when it replays.
     """
 
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
-        self.proven = False
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        """As a forward pre-hook: nothing has fired yet."""
+        if getattr(module, "_is_replica", False):
+            raise MethodError(
+                "nn.DataParallel runs copies of the model in threads, which would share their masks",
+                where="devices",
+                hint="one process for each GPU, with `torchrun` or `accelerate launch`, or CUDA_VISIBLE_DEVICES=0",
+            )
+        for dropper in self.attachment.droppers:
+            dropper.due, dropper.fired = dropper.layer is None, False
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not module.training:
+        if not module.training or not torch.is_grad_enabled():
             return
         family, droppers = self.attachment.family, self.attachment.droppers
         if any(d.seed is not None for d in droppers):
             _refuse_checkpointing(family.model)
-        if self.proven:
-            return
         name, after = type(family.model).__name__, "attach() to the model that is trained, after PEFT has wrapped it"
-        silent = [d for d in droppers if d.rate and not d.fired]
-        if silent and not getattr(family.model.config, "layerdrop", 0):
-            raise MethodError(f"{name} went through a training pass without firing {_names(silent)}", hint=after)
-        if torch.compiler.is_compiling():
+        silent = [d for d in droppers if d.rate and d.due and not d.fired]
+        if silent:
+            raise MethodError(
+                f"{name} went through a training pass without firing {_names(silent)}",
+                hint=f"{after}, with all its layers in train mode, and leave its attention implementation as it is",
+            )
+        if self.attachment.proven or torch.compiler.is_compiling():
             return
         hooked = [d for d in droppers if d.site.position in ("hidden", "input", "output")]
         now = families.find(family.model) if hooked else family
         moved = [d for d in hooked if not _is_hooked(_hooked(now, d), d)]
         if moved:
             raise MethodError(f"{name} was wrapped after attaching, outside {_names(moved)}", hint=after)
-        self.proven = True
+        self.attachment.proven = True
+
+
+class DueHook:
+    """Forward pre-hook on a layer: it runs in this pass, which layer drop or a batch without images may have spared it."""
+
+    def __init__(self, droppers: list[Dropper]) -> None:
+        self.droppers = droppers
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        for dropper in self.droppers:
+            dropper.due = True
 
 
 def _names(droppers: list[Dropper]) -> str:
@@ -88,7 +112,8 @@ class Attachment:
         self.family = family
         self.method = method
         self.droppers = droppers
-        self.backend: str | None = None  # the attention that was there, while hkft stands in for it
+        self.backends: interface.Backends = []  # the attention that was there, while hkft stands in for it
+        self.proven = False  # by a first training pass: see `ProofHook`
         self._handles: list[RemovableHandle] = []
         self._swapped: list[tuple[nn.ModuleDict, str, Dropper]] = []
         self.costs: dict[int, float] = {}  # by the number of the site: see `selfcheck`
@@ -127,10 +152,10 @@ class Attachment:
         }
 
     @contextmanager
-    def rates(self, rates: Mapping[int, float]) -> Iterator[None]:
-        """For a while, the rate of every dropper of site number n is rates[n], or 0; then all is as it was."""
+    def rates(self, rate: Callable[[Dropper], float]) -> Iterator[None]:
+        """For a while, every dropper has another rate; then all is as it was."""
         before = [d.rate for d in self.droppers]
-        self._set([rates.get(d.number, 0.0) for d in self.droppers])
+        self._set([rate(d) for d in self.droppers])
         try:
             yield
         finally:
@@ -140,25 +165,29 @@ class Attachment:
         for dropper, rate in zip(self.droppers, rates, strict=True):
             dropper.rate = rate
         for dropouts, name, dropper in self._swapped:
-            cast(nn.Dropout, dropouts[name]).p = dropper.rate
+            if name in dropouts:  # its adapter may have been deleted since
+                cast(nn.Dropout, dropouts[name]).p = max(0.0, dropper.rate)
 
     def detach(self) -> None:
         """Take everything off: hooks, state, the interface's entries. Harmless when already done."""
-        if not self.attached:
-            return
+        with _LOCK:
+            if self.attached:
+                self._detach()
+
+    def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         for dropouts, name, _ in self._swapped:
-            if name in dropouts:  # its adapter may have been deleted since
+            if name in dropouts:
                 dropouts[name] = nn.Identity()
         for layer in self.family.layers:
             for name in (interface.SITE, interface.GUIDE):
                 layer.attention.__dict__.pop(name, None)
         delattr(self.family.model, _ATTACHMENT)
         _LIVE.discard(self)
-        users = [other for other in _LIVE if other.backend]
-        if self.backend and not any(other.family.model.config is self.family.model.config for other in users):
-            self.family.model.set_attn_implementation(self.backend)
+        users = [other for other in _LIVE if other.backends]
+        shared = {id(config) for other in users for config, _ in other.backends}
+        interface.give_back([(config, own) for config, own in self.backends if id(config) not in shared])
         if not users:
             interface.unregister()
 
@@ -171,12 +200,14 @@ class Attachment:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A deep copy or an unpickled model is attached too: it needs the interface's entries for as long as it lives."""
         self.__dict__.update(state)
-        _LIVE.add(self)
-        if self.backend:
-            interface.register()
+        with _LOCK:
+            _LIVE.add(self)
+            if self.backends:
+                interface.register()
 
 
 _LIVE: weakref.WeakSet[Attachment] = weakref.WeakSet()
+_LOCK = threading.RLock()  # the registries belong to the process
 
 
 def attach(model: nn.Module, method: str | Method, rate: float | None = None, *, seed: int | None = None) -> Attachment:
@@ -188,7 +219,8 @@ def attach(model: nn.Module, method: str | Method, rate: float | None = None, *,
     seed: draw from generators of hkft's own. None, the default: from torch's default generator, which gradient
         checkpointing replays; a seed together with checkpointing is refused.
 
-    A consistency loss is the loop's business: `hkft.Trainer` or `hkft.consistency_loss` add it.
+    As with any dropout, a pass in train mode drops whether or not gradients are on. Several processes draw different masks from
+    one seed; nn.DataParallel is refused. A consistency loss is the loop's business: `hkft.Trainer` or `hkft.consistency_loss` add it.
     Raises MethodError: unknown method, a model already attached, a family or an attention backend hkft cannot act on.
     """
     method = method if isinstance(method, Method) else find(method)
@@ -205,14 +237,25 @@ def attach(model: nn.Module, method: str | Method, rate: float | None = None, *,
         for number, site in enumerate(method.sites):
             _place(attachment, site, number, None if seed is None else seed + 1000 * number)
         if attachment.droppers:
-            attachment._handles.append(model.register_forward_hook(ProofHook(attachment)))
+            _watch(attachment, model)
         if any(site.position.startswith("attention_") or site.start == "attended" for site in method.sites):
-            attachment.backend = interface.enter(family)
+            with _LOCK:
+                attachment.backends = interface.enter(family)
+                _LIVE.add(attachment)
     except BaseException:
         attachment.detach()
         raise
-    _LIVE.add(attachment)
     return attachment
+
+
+def _watch(attachment: Attachment, model: nn.Module) -> None:
+    """Put the hooks of the proof in place."""
+    proof, layers = ProofHook(attachment), attachment.family.layers
+    handles = [model.register_forward_pre_hook(proof.before), model.register_forward_hook(proof)]
+    for index, layer in enumerate(layers):
+        if mine := [d for d in attachment.droppers if d.layer == index]:
+            handles.append(layer.block.register_forward_pre_hook(DueHook(mine), prepend=True))
+    attachment._handles.extend(handles)
 
 
 def attached(model: nn.Module) -> Attachment | None:
@@ -246,11 +289,11 @@ def _place(attachment: Attachment, site: Site, number: int, seed: int | None) ->
         attachment.droppers.append(dropper)
         attachment._handles.append(place.register_forward_hook(DropHook(dropper)))
         return
-    chosen = family.chosen(cast("str | tuple[int, ...]", site.layers))
-    for order, index in enumerate(chosen):
+    stacks = family.chosen(cast("str | tuple[int, ...]", site.layers))
+    for index, rate in ((index, site.rate_at(n, len(stack))) for stack in stacks for n, index in enumerate(stack)):
         layer = family.layers[index]
         own = None if seed is None else seed + index
-        dropper = Dropper(site, number, index, site.rate_at(order, len(chosen)), own)
+        dropper = Dropper(site, number, index, rate, own)
         if site.position == "hidden":
             if layer.ffn_output is None:
                 raise MethodError(
@@ -258,6 +301,7 @@ def _place(attachment: Attachment, site: Site, number: int, seed: int | None) ->
                     where="hidden",
                     hint="the attention positions work on this model",
                 )
+            _refuse_span(family, layer, site)
             hook = DropHook(dropper)
             attachment._handles.append(layer.ffn_output.register_forward_hook(hook))
             attachment._handles.append(layer.block.register_forward_pre_hook(hook.see, with_kwargs=True))
@@ -269,6 +313,24 @@ def _place(attachment: Attachment, site: Site, number: int, seed: int | None) ->
         else:
             layer.attention.__dict__[interface.SITE] = dropper
         attachment.droppers.append(dropper)
+
+
+def _refuse_span(family: families.Family, layer: families.Layer, site: Site) -> None:
+    """Raise MethodError for a span of tokens that cannot be one on this model."""
+    if site.start == "attended" and layer.causal:
+        raise MethodError(
+            "where a decoder's tokens are cut must not hang on tokens that come after them",
+            where="start",
+            found="attended",
+            allowed="uniform",
+        )
+    if site.pattern == "span" and getattr(family.model.config, "chunk_size_feed_forward", 0):
+        raise MethodError(
+            "the FFN sees the tokens in chunks, and a span would be cut in each",
+            where="chunk_size_feed_forward",
+            found=str(family.model.config.chunk_size_feed_forward),
+            allowed="0",
+        )
 
 
 def _is_pefts(site: Site) -> bool:
@@ -306,7 +368,7 @@ def _place_lora(attachment: Attachment, layer: families.Layer, dropper: Dropper)
     if not found:
         raise MethodError(
             f"{dropper.site.position} drops in LoRA's update, and {layer.name} has none",
-            hint="wrap the model with peft.get_peft_model first",
+            hint="wrap the model with peft.get_peft_model first; adapters such as AdaLoRA keep A and B in other modules",
         )
 
 

@@ -30,7 +30,8 @@ class Dropper:
     layer: int | None
     rate: float
     seed: int | None = None
-    fired: bool = False
+    due: bool = False  # its layer ran in this pass of the model
+    fired: bool = False  # and it drew a mask
     calls: int = 0
     counts: Tensor | None = None
     tap: Callable[[Tensor, Tensor], None] | None = None  # is shown the logits and which are dropped: see `noise`
@@ -42,7 +43,12 @@ class Dropper:
         draw, pattern = uniform(device, self._generator(device)), PATTERNS[self.site.pattern]
         if self.site.start == "uniform":
             return pattern(full, units, self.rate, draw)
-        assert self.likely is not None, "the attention of the layer runs before its FFN"
+        if self.likely is None:
+            raise MethodError(
+                "the layer's attention told nothing of where a span may start",
+                where=f"layer {self.layer}",
+                hint="attention and FFN are both to be in train mode, and to run once each",
+            )
         likely, self.likely = self.likely[..., -units[-1] :], None  # a prefix has keys, and no tokens
         return pattern(full, units, self.rate, draw, likely)
 
@@ -57,10 +63,7 @@ class Dropper:
         dropped = keep.numel() - torch.count_nonzero(keep)
         numbers = [int(compiled), keep.numel(), dropped, rows, 0 if protected is None else protected]
         now = torch.stack([torch.as_tensor(n, dtype=torch.int64, device=keep.device) for n in numbers])
-        if self.counts is None or self.counts.device != now.device:
-            self.counts = now if self.counts is None else self.counts.to(now.device) + now
-        else:
-            self.counts += now  # stays on its device: no wait
+        self.counts = now if self.counts is None else self.counts.to(now.device) + now  # stays there: no wait
 
     def counted(self) -> dict[str, int]:
         """The counts so far, by name."""
@@ -68,10 +71,6 @@ class Dropper:
         return dict(
             zip(("calls", "drawn", "dropped", "rows", "protected"), (self.calls + compiled, *rest), strict=True)
         )
-
-    def forget(self) -> None:
-        """Begin counting anew."""
-        self.fired, self.calls, self.counts, self.likely = False, 0, None, None
 
     def _generator(self, device: torch.device) -> torch.Generator | None:
         if self.seed is None:
@@ -146,6 +145,4 @@ class CountHook:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not module.training or not self.dropper.rate:
             return
-        self.dropper.fired = True
-        if not torch.compiler.is_compiling():
-            self.dropper.calls += 1
+        self.dropper.count(output.new_empty(0, dtype=torch.bool))

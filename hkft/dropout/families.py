@@ -44,15 +44,20 @@ class Family:
     model: PreTrainedModel
     layers: tuple[Layer, ...]
 
-    def chosen(self, layers: str | tuple[int, ...]) -> list[int]:
-        """Indices of the layers that a `Site.layers` names. Raises MethodError on a number that is not there."""
+    def chosen(self, layers: str | tuple[int, ...]) -> list[list[int]]:
+        """Indices of the layers that a `Site.layers` names, stack by stack: an encoder and its decoder are two.
+
+        Raises MethodError on a number that is not there.
+        """
         count = len(self.layers)
-        if layers == "auto":
-            layers = "latter-half" if all(layer.causal for layer in self.layers) else "all"
-        if layers == "all":
-            return list(range(count))
-        if layers == "latter-half":
-            return list(range(count // 2, count))
+        by_stack: dict[str, list[int]] = {}
+        for index, layer in enumerate(self.layers):
+            by_stack.setdefault(layer.name.rpartition(".")[0], []).append(index)
+        stacks = list(by_stack.values())
+        if isinstance(layers, str):
+            causal = [all(self.layers[index].causal for index in stack) for stack in stacks]
+            half = [layers == "latter-half" or (layers == "auto" and each) for each in causal]
+            return [stack[len(stack) // 2 :] if late else stack for stack, late in zip(stacks, half, strict=True)]
         wrong = [n for n in layers if n not in range(count)]
         if wrong:
             raise MethodError(
@@ -61,7 +66,7 @@ class Family:
                 found=str(wrong),
                 allowed=f"0 to {count - 1}",
             )
-        return [int(n) for n in layers]
+        return [own for stack in stacks if (own := [n for n in stack if n in layers])]
 
 
 def find(model: nn.Module) -> Family:
@@ -93,22 +98,28 @@ def find(model: nn.Module) -> Family:
 
 
 def _pretrained(model: nn.Module) -> PreTrainedModel:
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            return module
-    raise MethodError(
-        f"there is no transformers model in {type(model).__name__}",
-        hint="pass a PreTrainedModel, or a PEFT model around one",
-    )
+    found = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if not found:
+        raise MethodError(
+            f"there is no transformers model in {type(model).__name__}",
+            hint="pass a PreTrainedModel, or a PEFT model around one",
+        )
+    within = {*found[0].modules()}
+    if apart := [type(module).__name__ for module in found if module not in within]:
+        raise MethodError(
+            f"{type(model).__name__} holds several transformers models: {type(found[0]).__name__}, {apart[0]}",
+            hint="attach to each of them",
+        )
+    return found[0]
 
 
 def _asks_interface(kind: type[nn.Module]) -> bool:
     """Whether the class's own forward looks its attention function up in the interface."""
-    return "ttention" in kind.__name__ and "ALL_ATTENTION_FUNCTIONS" in _source(kind)
+    return "ttention" in kind.__name__ and "ALL_ATTENTION_FUNCTIONS" in source(kind)
 
 
 @cache
-def _source(kind: type[nn.Module]) -> str:
+def source(kind: type[nn.Module]) -> str:
     try:
         return inspect.getsource(kind.forward)
     except (OSError, TypeError):
@@ -122,7 +133,7 @@ def _is_cross(name: str) -> bool:
 def _layer(model: PreTrainedModel, name: str, attention: nn.Module) -> Layer:
     """The innermost ModuleList element around `attention` that also holds a feed-forward network."""
     for sign, reason in BEYOND.items():
-        if sign in _source(type(attention)):
+        if sign in source(type(attention)):
             raise MethodError(f"{type(attention).__name__} {reason}", where=name)
     path = name.split(".")
     for depth in range(len(path) - 1, 0, -1):

@@ -35,16 +35,15 @@ def most_attended(
     k: Float[Tensor, "B H K D"],
     *,
     mask: AttentionMask | None,
-    causal: bool,
     scale: float,
     softcap: float | None = None,
     share: float = 0.4,
 ) -> Bool[Tensor, "B K"]:
     """The `share` of a sample's keys that get the most attention, summed over heads and queries: where HiddenCut cuts.
 
-    Keys that no query may attend to (padding) are not among them. Queries go by in blocks: [B,H,Q,K] is never built.
+    Keys that no query may attend to (padding) are not among them. For encoders: in a decoder later tokens would choose. Queries go by in blocks: [B,H,Q,K] is never built.
     """
-    place, received = torch.arange(k.shape[2], device=q.device), torch.zeros_like(k[:, 0, :, 0], dtype=torch.float32)
+    received = torch.zeros_like(k[:, 0, :, 0], dtype=torch.float32)
     for first in range(0, q.shape[2], BLOCK):
         rows = slice(first, first + BLOCK)
         logits = (q[:, :, rows] @ k.transpose(-1, -2)).float() * scale
@@ -55,8 +54,6 @@ def most_attended(
             logits = logits + part
         if (may := allowed(part)) is not None:
             logits = logits.masked_fill(~may, torch.finfo(logits.dtype).min)
-        elif causal:
-            logits = logits.masked_fill(place > place[rows, None], torch.finfo(logits.dtype).min)
         weights = torch.softmax(logits, -1)
         received += (weights if may is None else weights * may).sum((1, 2))
     count = torch.ceil(share * (received > 0).sum(-1, keepdim=True))

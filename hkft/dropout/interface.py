@@ -7,18 +7,19 @@ methods, or a deep copy, share nothing. In eval mode everything hands over to th
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import create_position_bias_mask, repeat_kv, sdpa_attention_forward
 
 from hkft.dropout import attention
 from hkft.dropout.dropper import Dropper
-from hkft.dropout.families import Family
+from hkft.dropout.families import Family, Layer, source
 from hkft.dropout.hidden import most_attended
 from hkft.dropout.protect import allowed, protect
 from hkft.errors import MethodError
@@ -26,17 +27,91 @@ from hkft.errors import MethodError
 SITE = "_hkft_site"  # on an attention module: the Dropper of its own position
 GUIDE = "_hkft_guide"  # on an attention module: the Dropper whose spans begin at tokens that this attention looks at
 _BACKENDS = ("sdpa", "eager")  # what hkft can stand in for
-_PREFIX = "hkft_"
+PREFIX = "hkft_"
+
+Backends = list[tuple[PreTrainedConfig, str]]
 
 
-def enter(family: Family) -> str:
-    """Route the model's attention through hkft, prove that it goes there, and return the backend that was there.
+def enter(family: Family) -> Backends:
+    """Route the model's attention through hkft, prove that it goes there, and return the backends that were there.
 
     Raises MethodError for a backend that would bypass the method, or a model that does not let its attention be set.
     """
-    model = family.model
-    current = model.config._attn_implementation or "eager"
-    backend = current.removeprefix(_PREFIX)  # another model may share the configuration object
+    model, before = family.model, _backends(family.model)
+    for layer in family.layers:
+        _refuse_backend(layer)
+    register()
+    hand_over(model, before)
+    wrong = [layer.name for layer in family.layers if not (implementation(layer.attention) or "").startswith(PREFIX)]
+    if wrong:
+        give_back(before)
+        raise MethodError(
+            f"{type(model).__name__} does not let its attention be set",
+            where=", ".join(wrong[:3]),
+            hint="it does not follow transformers' AttentionInterface",
+        )
+    return before
+
+
+def hand_over(model: PreTrainedModel, before: Backends) -> None:
+    """Every configuration that names a backend of `_BACKENDS` names hkft's in its place; others stay as they are."""
+    model.set_attn_implementation(PREFIX + next((b for _, b in before if b in _BACKENDS), "sdpa"))
+    if (model.config._attn_implementation or "").startswith(PREFIX):  # else the model does not let it be set
+        for config, backend in before:
+            config._attn_implementation = PREFIX + backend if backend in _BACKENDS else backend
+
+
+def give_back(before: Backends) -> None:
+    """The backends that were there, wherever hkft's is still named: what somebody set since is theirs."""
+    ours = [(config, own) for config, own in before if (config._attn_implementation or "").startswith(PREFIX)]
+    for config, own in ours:
+        config._attn_implementation = own
+
+
+@contextmanager
+def left(model: PreTrainedModel, before: Backends) -> Iterator[None]:
+    """For a while the model's own attention, then hkft's again."""
+    give_back(before)
+    try:
+        yield
+    finally:
+        hand_over(model, before)
+
+
+def unregister() -> None:
+    """Take hkft's names out of both registries."""
+    for backend in _BACKENDS:
+        AttentionInterface._global_mapping.pop(PREFIX + backend, None)
+        AttentionMaskInterface._global_mapping.pop(PREFIX + backend, None)
+
+
+def register() -> None:
+    """Enter both registries: an attention function without its mask function would see no mask at all."""
+    for backend, function in (("sdpa", _attend_sdpa), ("eager", _attend_eager)):
+        AttentionInterface.register(PREFIX + backend, function)
+        AttentionMaskInterface.register(PREFIX + backend, AttentionMaskInterface()[backend])
+
+
+def implementation(module: nn.Module) -> str | None:
+    """The attention backend that a module's configuration names."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
+def _backends(model: PreTrainedModel) -> Backends:
+    """Every configuration of the model, an outer one before those within it, and its backend without hkft."""
+    waiting = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    found: dict[int, PreTrainedConfig] = {}
+    for config in waiting:
+        if id(config) not in found:
+            found[id(config)] = config
+            inner = [getattr(config, key, None) for key in config.sub_configs]
+            waiting.extend(each for each in inner if each is not None)
+    # another model may share a configuration, and have brought hkft there
+    return [(config, (config._attn_implementation or "eager").removeprefix(PREFIX)) for config in found.values()]
+
+
+def _refuse_backend(layer: Layer) -> None:
+    backend = (implementation(layer.attention) or "eager").removeprefix(PREFIX)
     if backend not in _BACKENDS:
         raise MethodError(
             f"the {backend} attention would bypass the method",
@@ -45,46 +120,12 @@ def enter(family: Family) -> str:
             allowed=", ".join(_BACKENDS),
             hint="model.set_attn_implementation('sdpa'), or load it with attn_implementation='sdpa'",
         )
-    register()
-    model.set_attn_implementation(_PREFIX + backend)
-    wrong = [layer.name for layer in family.layers if _implementation(layer.attention) != _PREFIX + backend]
-    if model.config._attn_implementation != _PREFIX + backend or wrong:
-        model.set_attn_implementation(backend)
+    if backend == "eager" and getattr(layer.attention, "reorder_and_upcast_attn", False):
         raise MethodError(
-            f"{type(model).__name__} does not let its attention be set",
-            where=", ".join(wrong[:3]) or None,
-            hint="it does not follow transformers' AttentionInterface",
+            "eager attention in float32 (reorder_and_upcast_attn) is not computed as the model's own",
+            where=layer.name,
+            hint="model.set_attn_implementation('sdpa')",
         )
-    return backend
-
-
-@contextmanager
-def left(model: PreTrainedModel, backend: str) -> Iterator[None]:
-    """For a while the model's own attention, then hkft's again."""
-    model.set_attn_implementation(backend)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(_PREFIX + backend)
-
-
-def unregister() -> None:
-    """Take hkft's names out of both registries."""
-    for backend in _BACKENDS:
-        AttentionInterface._global_mapping.pop(_PREFIX + backend, None)
-        AttentionMaskInterface._global_mapping.pop(_PREFIX + backend, None)
-
-
-def register() -> None:
-    """Enter both registries: an attention function without its mask function would see no mask at all."""
-    for backend, function in (("sdpa", _attend_sdpa), ("eager", _attend_eager)):
-        AttentionInterface.register(_PREFIX + backend, function)
-        AttentionMaskInterface.register(_PREFIX + backend, AttentionMaskInterface()[backend])
-
-
-def _implementation(module: nn.Module) -> str | None:
-    config = getattr(module, "config", None)
-    return getattr(config, "_attn_implementation", None)
 
 
 def _attend_sdpa(
@@ -96,13 +137,16 @@ def _attend_sdpa(
 def _attend_eager(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> Any:
+    if attention_mask is None:  # an eager decoder is always given a mask, and eager attention reads nothing else
+        kwargs["is_causal"] = False
     return _attend(_eager(type(module)), module, query, key, value, attention_mask, **kwargs)
 
 
 def _eager(kind: type[nn.Module]) -> Callable[..., Any]:
-    """The family's own eager attention: the function of that name in the file that defines the attention class."""
+    """The family's own eager attention: the function that the attention's forward names, from the file of the class."""
+    named = re.search(r"\w*eager_attention_forward", source(kind))
     for base in kind.__mro__:
-        found = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
+        found = getattr(sys.modules.get(base.__module__), named[0] if named else "eager_attention_forward", None)
         if found is not None:
             return found
     raise MethodError(
@@ -141,7 +185,7 @@ def _attend(
     scale = kwargs.get("scaling")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if guide and guide.rate:
-        guide.likely = most_attended(q, k, mask=mask, causal=causal, scale=scale, softcap=kwargs.get("softcap"))
+        guide.likely = most_attended(q, k, mask=mask, scale=scale, softcap=kwargs.get("softcap"))
     if not dropper or not dropper.rate:
         return own(module, query, key, value, attention_mask, **kwargs)
     native = float(kwargs.get("dropout") or 0.0)
@@ -169,9 +213,10 @@ def _drop(
     if logits or site.rescale == "normalised":
         keep, rescued = protect(drawn, allowed(mask), causal)
         acted = (keep != drawn).any(-1, keepdim=True)
-        acted = (acted if rescued is None else acted | rescued).expand(B, H, Q, 1)
-        protected = acted.sum()
-    dropper.count(drawn, B * H * Q, protected)
+        acted = acted if rescued is None else acted | rescued
+        may = allowed(mask)
+        protected = (acted if may is None else acted & may.any(-1, keepdim=True)).expand(B, H, Q, 1).sum()
+    dropper.count(drawn, 0 if protected is None else B * H * Q, protected)
     if logits and softcap is None and not dropper.tap:
         return attention.dropkey(
             q, k, v, keep, mask=mask, causal=causal, scale=scale, rescued=rescued, dropout_p=native

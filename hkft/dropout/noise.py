@@ -23,7 +23,7 @@ from hkft.dropout.method import Method
 class GradientNoise:
     """Of one method on one batch, over `draws` masks. g is the gradient of all trainable parameters together.
 
-    loss: mean. norm: ||mean g||. variance: of g, E ||g - mean g||^2, unbiased. noise: variance / norm^2, how far one
+    rate: mean over the layers. loss: mean. norm: ||mean g||. variance: of g, E ||g - mean g||^2, unbiased. noise: variance / norm^2, how far one
     step's gradient is from the mean one. dropped_share: of the sum of |dL/dlogit|, the part at dropped logits; None
     without an attention site.
     """
@@ -70,6 +70,8 @@ def _measure(
     parameters = [p for p in model.parameters() if p.requires_grad]
     total = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
     squares, losses, reached = 0.0, 0.0, {"dropped": 0.0, "all": 0.0}
+    if not parameters:
+        raise ValueError("the model has no trainable parameter: there is no gradient")
     with attach(model, method, rate) as attachment, torch.random.fork_rng():
         sites = [d for d in attachment.droppers if d.site.position.startswith("attention_")]
         for dropper in sites:
@@ -83,12 +85,12 @@ def _measure(
                     summed += gradient
                     squares += gradient.double().square().sum().item()
             losses += loss.item()
-        name = attachment.method.name
+        name, rates = attachment.method.name, [d.rate for d in sites or attachment.droppers]
     mean = sum(summed.square().sum().item() for summed in total) / draws**2
     variance = max(0.0, (squares - draws * mean) / (draws - 1))
     return GradientNoise(
         method=name,
-        rate=rate,
+        rate=sum(rates) / len(rates) if rates else 0.0,
         draws=draws,
         loss=losses / draws,
         norm=mean**0.5,

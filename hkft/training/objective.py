@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hkft.dropout.attach import attached
 from hkft.dropout.consistency import LOSSES, squared
@@ -50,22 +51,31 @@ def objective(
     task, outputs = forward()
     if both and not clean:
         task = 0.5 * (task + other_task)
-    term = distance(consistency.kind, logits_of(outputs), logits_of(other), labels)
+    term = distance(consistency.kind, logits_of(outputs), logits_of(other), labels, shifts(model))
     return Objective(task + consistency.weight * term, task, term, outputs)
 
 
-def distance(kind: str, logits: Tensor, other: Tensor, labels: Tensor | None) -> Tensor:
+def distance(kind: str, logits: Tensor, other: Tensor, labels: Tensor | None, shift: bool = True) -> Tensor:
     """How far two views are apart. logits [B, C]: an example a row; [B, L, V]: a row for each token that is a label.
 
-    One output, a regression, takes the squared difference whatever the kind.
+    shift: position t of the logits predicts label t + 1; else label t. One output, a regression, takes the squared difference whatever the kind.
     """
     if logits.ndim == 3:
         assert labels is not None, "generation needs labels to know the completion"
-        at = labels[:, 1:] != IGNORED  # position t predicts token t + 1
-        logits, other = logits[:, :-1][at], other[:, :-1][at]
+        if shift:
+            labels, logits, other = labels[:, 1:], logits[:, :-1], other[:, :-1]
+        logits, other = logits[labels != IGNORED], other[labels != IGNORED]
     if logits.shape[-1] == 1:
         return squared(logits, other)
     return LOSSES[kind](logits, other)
+
+
+def shifts(model: nn.Module) -> bool:
+    """Whether the labels of a model are its own input one place later: in a decoder, not in an encoder-decoder or a tagger."""
+    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if inner is None:
+        return True
+    return not inner.config.is_encoder_decoder and inner.loss_type not in ("ForTokenClassification", "ForMaskedLM")
 
 
 def consistency_loss(model: nn.Module, batch: Mapping[str, Any], method: str | Method | None = None) -> Tensor:
@@ -94,10 +104,11 @@ def logits_of(outputs: Any) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while, then the mode that was."""
-    was_training = model.training
+    """Eval mode for a while, then every module in the mode that was its own."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode

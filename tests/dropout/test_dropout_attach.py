@@ -480,7 +480,7 @@ def test_lora_dropout_without_lora_or_beside_another_is_refused(zoo: Any) -> Non
         attach(bare, "lora-dropout")
     assert text_of(caught) == (
         "lora_input drops in LoRA's update, and encoder.layer.0 has none\n"
-        "  hint: wrap the model with peft.get_peft_model first"
+        "  hint: wrap the model with peft.get_peft_model first; adapters such as AdaLoRA keep A and B in other modules"
     )
     own = lora(bare, "query", lora_dropout=0.2)
     with pytest.raises(MethodError) as caught:
@@ -667,7 +667,8 @@ def test_proof_a_site_that_cannot_fire_raises(zoo: Any) -> None:
             zoo.run(model, batch)
     assert text_of(caught) == (
         "BertModel went through a training pass without firing hidden of layer 1\n"
-        "  hint: attach() to the model that is trained, after PEFT has wrapped it"
+        "  hint: attach() to the model that is trained, after PEFT has wrapped it, with all its layers in train mode, "
+        "and leave its attention implementation as it is"
     )
 
 

@@ -146,6 +146,24 @@ def test_fused_equals_explicit_equals_formula(kind: str, pattern: str, rescale: 
             agree([out * real, *gradients(out, inputs, weight)], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1, 33, 300])
+def test_causal_columns_in_every_dtype(size: int, dtype: torch.dtype) -> None:
+    """Kernels have code of their own for half precision and for blocks of keys."""
+    inputs = qkv(size, 16, dtype)
+    keep = protect(drawn("column", 0.5, size), None, True)[0]
+    shared: dict[str, Any] = {"mask": None, "causal": True, "scale": 0.25}
+    weight = torch.randn(B, H, size, 16, dtype=dtype)
+    out = attention.dropkey(*inputs, keep, **shared)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    exact = attention.explicit(*wide, keep, **shared, rate=0.5, rescale=None)
+    expected = [exact, *gradients(exact, wide, weight.double())]
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 8e-2, torch.float16: 1e-2}[dtype]
+    for a, b in zip([out, *gradients(out, inputs, weight)], expected, strict=True):
+        a, b = a.detach(), b.detach()
+        assert float((a.double() - b).abs().max()) <= tolerance * float(b.abs().max().clamp(min=1))
+
+
 @pytest.mark.parametrize("dim", [8, 5, 64])
 def test_a_value_of_another_size_than_the_key_is_no_trouble(dim: int) -> None:
     q, k, _ = qkv()

@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import BertConfig, BertModel
 
 from hkft import Method, Site, attach
 from hkft.dropout.hidden import most_attended
 from hkft.dropout.masks import span, uniform
+from hkft.errors import MethodError
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 
 def by_hand(weights: Tensor) -> Tensor:
@@ -24,7 +28,7 @@ def by_hand(weights: Tensor) -> Tensor:
     return chosen
 
 
-@pytest.mark.parametrize("kind", ["open", "padded", "causal", "bias", "softcap"])
+@pytest.mark.parametrize("kind", ["open", "padded", "bias", "softcap"])
 @pytest.mark.parametrize("queries", [12, 300])  # below and above a block
 def test_the_tokens_are_those_of_the_weights_written_out(kind: str, queries: int) -> None:
     torch.manual_seed(3)
@@ -34,15 +38,13 @@ def test_the_tokens_are_those_of_the_weights_written_out(kind: str, queries: int
         mask = torch.ones(2, 1, 1, queries, dtype=torch.bool)
         mask[0, ..., 5:] = False
         logits = logits.masked_fill(~mask, float("-inf"))
-    elif kind == "causal":
-        logits = logits.masked_fill(~torch.ones(queries, queries, dtype=torch.bool).tril(), float("-inf"))
     elif kind == "bias":
         mask = torch.randn(1, 3, queries, queries)
         logits = logits + mask
     elif kind == "softcap":
         softcap = 2.0
         logits = softcap * torch.tanh(logits / softcap)
-    found = most_attended(q, k, mask=mask, causal=kind == "causal", scale=0.5, softcap=softcap)
+    found = most_attended(q, k, mask=mask, scale=0.5, softcap=softcap)
     assert torch.equal(found, by_hand(torch.softmax(logits, -1)))
 
 
@@ -59,7 +61,7 @@ def test_a_span_begins_at_a_likely_unit_or_ends_at_the_last() -> None:
 
 
 @pytest.mark.parametrize("beside", [[], [Site("attention_logits", "column", 0.1)]], ids=["alone", "with dropkey"])
-@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert", "gpt2", "llama", "gemma2", "gpt-neox"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta", "electra", "distilbert", "modernbert"])
 def test_every_span_begins_where_the_layer_attends(zoo: Any, name: str, beside: list[Site]) -> None:
     """Seen from outside: the start of the run of zeros in each FFN output, against the weights the model itself returns."""
     model, batch = zoo.build(name, backend="eager"), zoo.inputs(name, rows=6)
@@ -84,6 +86,32 @@ def test_every_span_begins_where_the_layer_attends(zoo: Any, name: str, beside: 
             length, start = int(gone[row].sum()), int(gone[row].int().argmax())
             assert length in (2, 3)  # 0.2 x 12
             assert chosen[row, start] or (start == 12 - length and chosen[row, start:].any())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
+def test_a_decoder_is_refused(zoo: Any, name: str) -> None:
+    """Which earlier tokens are cut would tell of the later ones: law 4."""
+    with pytest.raises(MethodError, match="must not hang on tokens that come after them"):
+        attach(zoo.build(name), "hiddencut-span")
+
+
+def test_an_ffn_in_chunks_is_refused() -> None:
+    """Each chunk would lose a span of its own."""
+    config = BertConfig(**SMALL, chunk_size_feed_forward=4)
+    for start in ("attended", "uniform"):
+        with pytest.raises(MethodError, match="the FFN sees the tokens in chunks") as caught:
+            attach(BertModel(config), Method([Site("hidden", "span", start=start)]))  # type: ignore[arg-type]
+        assert caught.value.problems[0].where == "chunk_size_feed_forward"
+    with attach(BertModel(config).train(), Method([Site("hidden", "column", 0.5)])) as attachment:
+        attachment.family.model(input_ids=torch.full((2, 8), 3))
+        assert attachment.report()[0]["calls"] == 4
+
+
+def test_an_attention_in_eval_mode_guides_nothing_and_says_so(zoo: Any) -> None:
+    model = zoo.build("bert")
+    model.encoder.layer[0].attention.eval()
+    with attach(model, "hiddencut-span"), pytest.raises(MethodError, match="told nothing of where a span may start"):
+        zoo.run(model, zoo.inputs("bert"))
 
 
 def test_in_eval_mode_and_after_detaching_nothing_is_guided(zoo: Any) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+import transformers
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, T5Config
 
 import hkft
 from hkft.dropout.consistency import js, js_symmetric, kl
 from hkft.errors import MethodError
+from hkft.training import objective as objective_module
 from hkft.training.objective import distance, objective
 
 SMALL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -121,6 +123,43 @@ def test_generation_compares_completion_tokens_only():
     rows = [(0, 3), (0, 4), (0, 5), (1, 3), (1, 4)]  # position t predicts token t + 1
     expected = js_symmetric(torch.stack([a[i, t] for i, t in rows]), torch.stack([b[i, t] for i, t in rows]))
     assert distance("js_symmetric", a, b, labels).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["T5ForConditionalGeneration", "BertForTokenClassification", "GPT2LMHeadModel"])
+def test_which_rows_are_compared_hangs_on_the_model(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """An encoder-decoder and a tagger predict label t at position t; a decoder label t + 1."""
+    sizes = {"vocab_size": 40, "num_labels": 5}
+    config = {
+        "T5ForConditionalGeneration": lambda: T5Config(
+            **sizes, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+        ),
+        "BertForTokenClassification": lambda: BertConfig(
+            **sizes, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        ),
+        "GPT2LMHeadModel": lambda: GPT2Config(**sizes, n_embd=16, n_layer=1, n_head=2, n_positions=16),
+    }[kind]()
+    model = getattr(transformers, kind)(config).train()
+    labels = torch.tensor([[1, 2, 3, -100], [-100, 4, 0, 2]])
+    seen: list[torch.Tensor] = []
+    monkeypatch.setitem(objective_module.LOSSES, "kl", lambda p, q: seen.append(p.detach()) or (p - q).square().mean())
+    with hkft.attach(model, "hiddenkey", rate=0.3):
+        state = torch.get_rng_state()
+        hkft.consistency_loss(model, {"input_ids": torch.full((2, 4), 7), "labels": labels})
+        torch.set_rng_state(state)
+        views = [model(input_ids=torch.full((2, 4), 7), labels=labels).logits for _ in range(2)]
+    at = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (1, 3)]
+    if kind == "GPT2LMHeadModel":
+        at = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+    torch.testing.assert_close(seen[0], torch.stack([views[1][place] for place in at]))
+
+
+def test_a_clean_pass_leaves_a_frozen_module_in_eval_mode(model, batch):
+    model.bert.embeddings.eval()
+    method = hkft.Method([hkft.Site("hidden", rate=0.3)], hkft.Consistency("js"))
+    with hkft.attach(model, method):
+        hkft.consistency_loss(model, batch).backward()
+    assert not any(module.training for module in model.bert.embeddings.modules())
+    assert model.bert.encoder.training
 
 
 def test_no_consistency_is_the_plain_loss():
