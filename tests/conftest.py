@@ -16,7 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 # Before anything imports hkft: the hook rewrites modules as they are loaded.
 install_import_hook(
-    ["hkft.dropout.masks", "hkft.dropout.attention", "hkft.dropout.hidden", "hkft.dropout.consistency"],
+    [f"hkft.dropout.{name}" for name in ("masks", "protect", "attention", "hidden", "consistency")],
     "beartype.beartype",
 )
 
@@ -32,6 +32,13 @@ def seed() -> int:
         torch.manual_seed(0)
         torch.set_num_threads(1)
     return 0
+
+
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self-check of every run times its sites in one round, not for a second."""
+    if "hkft.dropout.selfcheck" in sys.modules:
+        monkeypatch.setattr(sys.modules["hkft.dropout.selfcheck"], "BUDGET", 0.0)
 
 
 # --- a model and data small enough to train in a test -----------------------------------------------------------------
