@@ -1,9 +1,9 @@
 """The dropout framework of "LoRA Meets Dropout under a Unified Framework" (arXiv 2403.00812), usable alone.
 
-Read it in this order, with the paper beside it: `method`, `named`, `masks`, `protect`, `attention`, `hidden`, `consistency`: data and pure
-functions. Then what puts them on a model: `families` (where the layers are), `dropper` and `interface` (how a site acts),
-`attach`. On top: `selfcheck` (does it do what it says?) and `noise` (how noisy is its gradient?). Needs torch and
-transformers; knows nothing of recipes or training.
+Read it in this order, with the paper beside it: `method`, `named`, `masks`, `protect`, `attention`, `hidden`, `consistency`:
+data and pure functions. Then what puts them on a model: `families` (where the layers are), `dropper` and `interface` (how a
+site acts), `proof` (that it does, in every pass), `attach`. On top: `selfcheck` (does it do what it says?) and `noise` (how
+noisy is its gradient?). Needs torch and transformers; knows nothing of recipes or training.
 
 A new named method is one entry of `named.METHODS`:
 

@@ -1,7 +1,7 @@
 """attach(model, method) -> Attachment: put a method on a model, and take it off again without a trace.
 
 Each site becomes a Dropper in every layer chosen. The attention positions go through transformers' AttentionInterface (see
-`interface`), the others are forward hooks (see `dropper`). The method is proven in the first training pass.
+`interface`), the others are forward hooks (see `dropper`). Every training pass proves that they act (see `proof`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -21,88 +20,10 @@ from hkft.dropout import families, interface
 from hkft.dropout.dropper import CountHook, DropHook, Dropper
 from hkft.dropout.method import LORA, PER_LAYER, Method, Site
 from hkft.dropout.named import find
+from hkft.dropout.proof import ProofHook, hooked_module, refuse_checkpointing
 from hkft.errors import MethodError
 
 _ATTACHMENT = "_hkft_attachment"  # on the transformers model
-
-
-class ProofHook:
-    """Hooks on the model: in every training pass each site must fire in each layer that runs, or the method is a lie.
-
-    A pass without gradients is not judged: it may be a reference, with adapters off. In the first pass what may have changed
-    since attaching is looked at again: LoRA put around an FFN output would add its update behind the drop, and
-    checkpointing, whenever it comes, would draw other masks from a seed when it replays.
-    """
-
-    def __init__(self, attachment: Attachment) -> None:
-        self.attachment = attachment
-
-    def before(self, module: nn.Module, args: Any) -> None:
-        """As a forward pre-hook: nothing has fired yet."""
-        if getattr(module, "_is_replica", False):
-            raise MethodError(
-                "nn.DataParallel runs copies of the model in threads, which would share their masks",
-                where="devices",
-                hint="one process for each GPU, with `torchrun` or `accelerate launch`, or CUDA_VISIBLE_DEVICES=0",
-            )
-        for dropper in self.attachment.droppers:
-            dropper.due, dropper.fired = dropper.layer is None, False
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not module.training or not torch.is_grad_enabled():
-            return
-        family, droppers = self.attachment.family, self.attachment.droppers
-        if any(d.seed is not None for d in droppers):
-            _refuse_checkpointing(family.model)
-        name, after = type(family.model).__name__, "attach() to the model that is trained, after PEFT has wrapped it"
-        silent = [d for d in droppers if d.rate and d.due and not d.fired]
-        if silent:
-            raise MethodError(
-                f"{name} went through a training pass without firing {_names(silent)}",
-                hint=f"{after}, with all its layers in train mode, and leave its attention implementation as it is",
-            )
-        if self.attachment.proven or torch.compiler.is_compiling():
-            return
-        hooked = [d for d in droppers if d.site.position in ("hidden", "input", "output")]
-        now = families.find(family.model) if hooked else family
-        moved = [d for d in hooked if not _is_hooked(_hooked(now, d), d)]
-        if moved:
-            raise MethodError(f"{name} was wrapped after attaching, outside {_names(moved)}", hint=after)
-        self.attachment.proven = True
-
-
-class DueHook:
-    """Forward pre-hook on a layer: it runs in this pass, which layer drop or a batch without images may have spared it."""
-
-    def __init__(self, droppers: list[Dropper]) -> None:
-        self.droppers = droppers
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        for dropper in self.droppers:
-            dropper.due = True
-
-
-def _names(droppers: list[Dropper]) -> str:
-    places = {d.site.position if d.layer is None else f"{d.site.position} of layer {d.layer}" for d in droppers}
-    return ", ".join(sorted(places))
-
-
-def _hooked(family: families.Family, dropper: Dropper) -> nn.Module | None:
-    """The module in whose output a hidden, input or output site drops."""
-    if dropper.site.position == "input":
-        return family.model.get_input_embeddings()
-    return family.layers[-1].block if dropper.layer is None else family.layers[dropper.layer].ffn_output
-
-
-def _is_hooked(module: nn.Module | None, dropper: Dropper) -> bool:
-    return module is not None and any(
-        isinstance(hook, DropHook) and hook.dropper is dropper for hook in module._forward_hooks.values()
-    )
-
-
-def _refuse_checkpointing(model: nn.Module) -> None:
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        raise MethodError("gradient checkpointing replays torch's default generator only", hint="attach without a seed")
 
 
 class Attachment:
@@ -113,7 +34,7 @@ class Attachment:
         self.method = method
         self.droppers = droppers
         self.backends: interface.Backends = []  # the attention that was there, while hkft stands in for it
-        self.proven = False  # by a first training pass: see `ProofHook`
+        self.proof = ProofHook(family, droppers)
         self._handles: list[RemovableHandle] = []
         self._swapped: list[tuple[nn.ModuleDict, str, Dropper]] = []
         self.costs: dict[int, float] = {}  # by the number of the site: see `selfcheck`
@@ -230,14 +151,14 @@ def attach(model: nn.Module, method: str | Method, rate: float | None = None, *,
     if attached(family.model):
         raise MethodError(f"{type(family.model).__name__} already has a method", hint="detach() it first")
     if seed is not None:
-        _refuse_checkpointing(family.model)
+        refuse_checkpointing(family.model)
     attachment = Attachment(family, method, [])
     setattr(family.model, _ATTACHMENT, attachment)
     try:
         for number, site in enumerate(method.sites):
             _place(attachment, site, number, None if seed is None else seed + 1000 * number)
         if attachment.droppers:
-            _watch(attachment, model)
+            attachment._handles.extend(attachment.proof.watch(model))
         if any(site.position.startswith("attention_") or site.start == "attended" for site in method.sites):
             with _LOCK:
                 attachment.backends = interface.enter(family)
@@ -246,16 +167,6 @@ def attach(model: nn.Module, method: str | Method, rate: float | None = None, *,
         attachment.detach()
         raise
     return attachment
-
-
-def _watch(attachment: Attachment, model: nn.Module) -> None:
-    """Put the hooks of the proof in place."""
-    proof, layers = ProofHook(attachment), attachment.family.layers
-    handles = [model.register_forward_pre_hook(proof.before), model.register_forward_hook(proof)]
-    for index, layer in enumerate(layers):
-        if mine := [d for d in attachment.droppers if d.layer == index]:
-            handles.append(layer.block.register_forward_pre_hook(DueHook(mine), prepend=True))
-    attachment._handles.extend(handles)
 
 
 def attached(model: nn.Module) -> Attachment | None:
@@ -278,7 +189,7 @@ def _place(attachment: Attachment, site: Site, number: int, seed: int | None) ->
         )
     if site.position not in PER_LAYER:
         dropper = Dropper(site, number, None, site.rate_at(0, 1), seed)
-        place = _hooked(family, dropper)
+        place = hooked_module(family, dropper)
         assert place is not None
         if isinstance(place, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             raise MethodError(

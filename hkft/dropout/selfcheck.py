@@ -221,7 +221,7 @@ def _untouched(model: nn.Module, attachment: Attachment) -> Iterator[None]:
     states = [(d, {place: g.get_state() for place, g in d.generators.items()}) for d in attachment.droppers]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     numbers, more = random.getstate(), np.random.get_state()
-    proven = attachment.proven
+    proven = attachment.proof.proven
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     for parameter in gradients:
         parameter.grad = None
@@ -231,7 +231,7 @@ def _untouched(model: nn.Module, attachment: Attachment) -> Iterator[None]:
     finally:
         random.setstate(numbers)
         np.random.set_state(more)
-        attachment.proven = proven
+        attachment.proof.proven = proven
         with torch.no_grad():
             for buffer, saved in buffers:
                 buffer.copy_(saved)

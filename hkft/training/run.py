@@ -200,8 +200,8 @@ def _self_check(begun: Begun) -> dict[str, Any]:
         found = self_check(model, batch, forward)
     begun.tell(
         Notice(
-            f"the method was checked on {found['rows']} rows in {found['seconds']:.1f} s: two training passes differ, "
-            "two in eval mode agree, and at rate 0 the model is its own"
+            f"the method was checked on {found['rows']} rows in {found['seconds']:.1f} s: every site acts, eval mode is inert, "
+            "and where nothing is dropped the model is its own"
         )
     )
     return {"self_check": found}

@@ -29,7 +29,7 @@ loading {model}
 tiny: hiddenkey on {model}, classification, cpu (N threads), seed N
 N training rows, N validation, N probe; N steps, N epochs; N of N parameters trained (N%)
 run folder: {run}
-note: the method was checked on N rows in N s: two training passes differ, two in eval mode agree, and at rate N the model is its own
+note: the method was checked on N rows in N s: every site acts, eval mode is inert, and where nothing is dropped the model is its own
 step N/N, epoch N: loss probe N, validation N, gap N; accuracy probe N, validation N, gap N
 step N/N, epoch N: loss probe N, validation N, gap N; accuracy probe N, validation N, gap N
 step N/N, epoch N: loss probe N, validation N, gap N; accuracy probe N, validation N, gap N

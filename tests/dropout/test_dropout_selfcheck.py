@@ -16,7 +16,6 @@ from hkft import METHODS, Method, Site, attach, self_check
 from hkft.dropout import interface
 from hkft.errors import DivergedError, MethodError
 
-
 CASES = [(name, method) for name in ("bert", "llama") for method in METHODS if method != "none"]
 CASES.remove(("llama", "hiddencut-span"))  # refused on a decoder
 
