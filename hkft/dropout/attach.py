@@ -140,8 +140,9 @@ def attach(model: nn.Module, method: str | Method, rate: float | None = None, *,
     seed: draw from generators of hkft's own. None, the default: from torch's default generator, which gradient
         checkpointing replays; a seed together with checkpointing is refused.
 
-    As with any dropout, a pass in train mode drops whether or not gradients are on. Several processes draw different masks from
-    one seed; nn.DataParallel is refused. A consistency loss is the loop's business: `hkft.Trainer` or `hkft.consistency_loss` add it.
+    As with any dropout, a pass in train mode drops whether or not gradients are on. A layer that drops gives no attention
+    weights to `output_attentions`. Several processes draw different masks from one seed; nn.DataParallel is refused. A
+    consistency loss is the loop's business: `hkft.Trainer` or `hkft.consistency_loss` add it.
     Raises MethodError: unknown method, a model already attached, a family or an attention backend hkft cannot act on.
     """
     method = method if isinstance(method, Method) else find(method)
@@ -183,47 +184,57 @@ def _place(attachment: Attachment, site: Site, number: int, seed: int | None) ->
             where="lora_input",
             hint="attach without a seed, after torch.manual_seed",
         )
-    if site.position == "input" and family.model.config.is_encoder_decoder:
-        raise MethodError(
-            "an encoder-decoder embeds its inputs in two places", where="input", hint="use another position"
-        )
     if site.position not in PER_LAYER:
-        dropper = Dropper(site, number, None, site.rate_at(0, 1), seed)
-        place = hooked_module(family, dropper)
-        assert place is not None
-        if isinstance(place, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            raise MethodError(
-                f"{type(family.model).__name__} embeds its inputs by a convolution, whose output is not [B,L,D]",
-                where="input",
-                hint="use another position",
-            )
-        attachment.droppers.append(dropper)
-        attachment._handles.append(place.register_forward_hook(DropHook(dropper)))
+        _place_once(attachment, Dropper(site, number, None, site.rate_at(0, 1), seed))
         return
-    stacks = family.chosen(cast("str | tuple[int, ...]", site.layers))
-    for index, rate in ((index, site.rate_at(n, len(stack))) for stack in stacks for n, index in enumerate(stack)):
-        layer = family.layers[index]
-        own = None if seed is None else seed + index
-        dropper = Dropper(site, number, index, rate, own)
-        if site.position == "hidden":
-            if layer.ffn_output is None:
-                raise MethodError(
-                    f"the FFN output of {layer.name} is not certain to be that of one linear map: {layer.why}",
-                    where="hidden",
-                    hint="the attention positions work on this model",
-                )
-            _refuse_span(family, layer, site)
-            hook = DropHook(dropper)
-            attachment._handles.append(layer.ffn_output.register_forward_hook(hook))
-            attachment._handles.append(layer.block.register_forward_pre_hook(hook.see, with_kwargs=True))
-            if site.start == "attended":
-                layer.attention.__dict__[interface.GUIDE] = dropper
-        elif site.position in LORA:
-            _place_lora(attachment, layer, dropper)
-            continue
-        else:
-            layer.attention.__dict__[interface.SITE] = dropper
-        attachment.droppers.append(dropper)
+    place = {"hidden": _place_hidden, **dict.fromkeys(LORA, _place_lora)}.get(site.position, _place_attention)
+    for stack in family.chosen(cast("str | tuple[int, ...]", site.layers)):
+        for order, index in enumerate(stack):
+            own = None if seed is None else seed + index
+            dropper = Dropper(site, number, index, site.rate_at(order, len(stack)), own)
+            place(attachment, family.layers[index], dropper)
+
+
+def _place_once(attachment: Attachment, dropper: Dropper) -> None:
+    """Drop in the token embeddings, or in the output of the last layer."""
+    model, where = attachment.family.model, dropper.site.position
+    if where == "input" and model.config.is_encoder_decoder:
+        raise MethodError(
+            "an encoder-decoder embeds its inputs in two places", where=where, hint="use another position"
+        )
+    place = hooked_module(attachment.family, dropper)
+    assert place is not None
+    if isinstance(place, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        raise MethodError(
+            f"{type(model).__name__} embeds its inputs by a convolution, whose output is not [B,L,D]",
+            where=where,
+            hint="use another position",
+        )
+    attachment.droppers.append(dropper)
+    attachment._handles.append(place.register_forward_hook(DropHook(dropper)))
+
+
+def _place_attention(attachment: Attachment, layer: families.Layer, dropper: Dropper) -> None:
+    """Leave the dropper where `interface` looks for it."""
+    layer.attention.__dict__[interface.SITE] = dropper
+    attachment.droppers.append(dropper)
+
+
+def _place_hidden(attachment: Attachment, layer: families.Layer, dropper: Dropper) -> None:
+    """Drop in the FFN output of a layer."""
+    if layer.ffn_output is None:
+        raise MethodError(
+            f"the FFN output of {layer.name} is not certain to be that of one linear map: {layer.why}",
+            where="hidden",
+            hint="the attention positions work on this model",
+        )
+    _refuse_span(attachment.family, layer, dropper.site)
+    hook = DropHook(dropper)
+    attachment._handles.append(layer.ffn_output.register_forward_hook(hook))
+    attachment._handles.append(layer.block.register_forward_pre_hook(hook.see, with_kwargs=True))
+    if dropper.site.start == "attended":
+        layer.attention.__dict__[interface.GUIDE] = dropper
+    attachment.droppers.append(dropper)
 
 
 def _refuse_span(family: families.Family, layer: families.Layer, site: Site) -> None:
