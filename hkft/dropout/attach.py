@@ -107,8 +107,7 @@ class Attachment:
         delattr(self.family.model, _ATTACHMENT)
         _LIVE.discard(self)
         users = [other for other in _LIVE if other.backends]
-        shared = {id(config) for other in users for config, _ in other.backends}
-        interface.give_back([(config, own) for config, own in self.backends if id(config) not in shared])
+        interface.give_back(self.backends, frozenset(id(config) for other in users for config, _ in other.backends))
         if not users:
             interface.unregister()
 

@@ -52,8 +52,8 @@ class Dropper:
         likely, self.likely = self.likely[..., -units[-1] :], None  # a prefix has keys, and no tokens
         return pattern(full, units, self.rate, draw, likely)
 
-    def count(self, keep: Tensor, rows: int = 0, protected: Tensor | None = None) -> None:
-        """Note one call, its mask as drawn, and how many of its rows the protective rule acted on."""
+    def count(self, keep: Tensor, protected: Callable[[], Tensor] | None = None) -> None:
+        """Note one call, its mask as drawn, and, at an attention position, the rows that were protected, and all rows."""
         self.fired = True
         compiled = torch.compiler.is_compiling()  # a number of Python's that changes would be compiled anew each time
         if not compiled:
@@ -61,15 +61,16 @@ class Dropper:
             if self.calls > _MEASURED and self.calls % 16:
                 return
         dropped = keep.numel() - torch.count_nonzero(keep)
-        numbers = [int(compiled), keep.numel(), dropped, rows, 0 if protected is None else protected]
+        numbers = [int(compiled), keep.numel(), dropped]
         now = torch.stack([torch.as_tensor(n, dtype=torch.int64, device=keep.device) for n in numbers])
+        now = torch.cat([now, now.new_zeros(2) if protected is None else protected()])
         self.counts = now if self.counts is None else self.counts.to(now.device) + now  # stays there: no wait
 
     def counted(self) -> dict[str, int]:
         """The counts so far, by name."""
         compiled, *rest = [0] * 5 if self.counts is None else self.counts.tolist()
         return dict(
-            zip(("calls", "drawn", "dropped", "rows", "protected"), (self.calls + compiled, *rest), strict=True)
+            zip(("calls", "drawn", "dropped", "protected", "rows"), (self.calls + compiled, *rest), strict=True)
         )
 
     def _generator(self, device: torch.device) -> torch.Generator | None:

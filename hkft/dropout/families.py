@@ -12,6 +12,7 @@ with the reason: a method that acts in the wrong place is worse than none.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -47,12 +48,14 @@ class Family:
     def chosen(self, layers: str | tuple[int, ...]) -> list[list[int]]:
         """Indices of the layers that a `Site.layers` names, stack by stack: an encoder and its decoder are two.
 
+        A stack is what has one name up to its first number: the stages of Swin, the groups of ALBERT are one.
+
         Raises MethodError on a number that is not there.
         """
         count = len(self.layers)
         by_stack: dict[str, list[int]] = {}
         for index, layer in enumerate(self.layers):
-            by_stack.setdefault(layer.name.rpartition(".")[0], []).append(index)
+            by_stack.setdefault(re.split(r"\.\d+", layer.name, maxsplit=1)[0], []).append(index)
         stacks = list(by_stack.values())
         if isinstance(layers, str):
             causal = [all(self.layers[index].causal for index in stack) for stack in stacks]

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from hkft.dropout import attention
 from hkft.dropout.dropper import Dropper
 from hkft.dropout.families import Family, Layer, source
 from hkft.dropout.hidden import most_attended
-from hkft.dropout.protect import allowed, protect
+from hkft.dropout.protect import allowed, given_back, protect
 from hkft.errors import MethodError
 
 SITE = "_hkft_site"  # on an attention module: the Dropper of its own position
@@ -29,7 +30,7 @@ GUIDE = "_hkft_guide"  # on an attention module: the Dropper whose spans begin a
 _BACKENDS = ("sdpa", "eager")  # what hkft can stand in for
 PREFIX = "hkft_"
 
-Backends = list[tuple[PreTrainedConfig, str]]
+Backends = list[tuple[PreTrainedConfig, str | None]]
 
 
 def enter(family: Family) -> Backends:
@@ -41,8 +42,10 @@ def enter(family: Family) -> Backends:
     for layer in family.layers:
         _refuse_backend(layer)
     register()
-    hand_over(model, before)
-    wrong = [layer.name for layer in family.layers if not (implementation(layer.attention) or "").startswith(PREFIX)]
+    model.set_attn_implementation(PREFIX + (implementation(family.layers[0].attention) or "eager").removeprefix(PREFIX))
+    if is_hkfts(model.config._attn_implementation):  # else the model does not let it be set
+        _write([(config, _hkfts(backend)) for config, backend in before])
+    wrong = [layer.name for layer in family.layers if not is_hkfts(implementation(layer.attention))]
     if wrong:
         give_back(before)
         raise MethodError(
@@ -53,29 +56,35 @@ def enter(family: Family) -> Backends:
     return before
 
 
-def hand_over(model: PreTrainedModel, before: Backends) -> None:
-    """Every configuration that names a backend of `_BACKENDS` names hkft's in its place; others stay as they are."""
-    model.set_attn_implementation(PREFIX + next((b for _, b in before if b in _BACKENDS), "sdpa"))
-    if (model.config._attn_implementation or "").startswith(PREFIX):  # else the model does not let it be set
-        for config, backend in before:
-            config._attn_implementation = PREFIX + backend if backend in _BACKENDS else backend
+def give_back(before: Backends, shared: frozenset[int] = frozenset()) -> None:
+    """The backends that were there, wherever hkft's is still named: what somebody set since is theirs.
 
-
-def give_back(before: Backends) -> None:
-    """The backends that were there, wherever hkft's is still named: what somebody set since is theirs."""
-    ours = [(config, own) for config, own in before if (config._attn_implementation or "").startswith(PREFIX)]
-    for config, own in ours:
-        config._attn_implementation = own
+    shared: identities of configurations that another model with a method has, too.
+    """
+    now = [(config, config._attn_implementation) for config, _ in before]
+    ours = [is_hkfts(backend) and id(config) not in shared for config, backend in now]
+    _write([own if mine else there for own, there, mine in zip(before, now, ours, strict=True)])
 
 
 @contextmanager
-def left(model: PreTrainedModel, before: Backends) -> Iterator[None]:
-    """For a while the model's own attention, then hkft's again."""
+def left(before: Backends) -> Iterator[None]:
+    """For a while the model's own attention, then what was there again."""
+    now = [(config, config._attn_implementation) for config, _ in before]
     give_back(before)
     try:
         yield
     finally:
-        hand_over(model, before)
+        _write(now)
+
+
+def is_hkfts(backend: str | None) -> bool:
+    return (backend or "").startswith(PREFIX)
+
+
+def _write(backends: Backends) -> None:
+    """Outer configurations first: each hands its backend on to those within, which then get their own."""
+    for config, backend in backends:
+        config._attn_implementation = backend
 
 
 def unregister() -> None:
@@ -106,8 +115,14 @@ def _backends(model: PreTrainedModel) -> Backends:
             found[id(config)] = config
             inner = [getattr(config, key, None) for key in config.sub_configs]
             waiting.extend(each for each in inner if each is not None)
+    backends = [(config, config._attn_implementation) for config in found.values()]
     # another model may share a configuration, and have brought hkft there
-    return [(config, (config._attn_implementation or "eager").removeprefix(PREFIX)) for config in found.values()]
+    return [(config, backend and backend.removeprefix(PREFIX)) for config, backend in backends]
+
+
+def _hkfts(backend: str | None) -> str | None:
+    """hkft's name in the place of a backend that it can stand in for; another stays as it is."""
+    return PREFIX + (backend or "eager") if (backend or "eager") in _BACKENDS else backend
 
 
 def _refuse_backend(layer: Layer) -> None:
@@ -211,12 +226,10 @@ def _drop(
     logits = site.position == "attention_logits" or site.rescale == "normalised_with_gradient"  # the same to the letter
     rescued, protected = None, None
     if logits or site.rescale == "normalised":
-        keep, rescued = protect(drawn, allowed(mask), causal)
-        acted = (keep != drawn).any(-1, keepdim=True)
-        acted = acted if rescued is None else acted | rescued
         may = allowed(mask)
-        protected = (acted if may is None else acted & may.any(-1, keepdim=True)).expand(B, H, Q, 1).sum()
-    dropper.count(drawn, 0 if protected is None else B * H * Q, protected)
+        keep, rescued = protect(drawn, may, causal)
+        protected = partial(given_back, drawn, keep, rescued, may, Q)
+    dropper.count(drawn, protected)
     if logits and softcap is None and not dropper.tap:
         return attention.dropkey(
             q, k, v, keep, mask=mask, causal=causal, scale=scale, rescued=rescued, dropout_p=native

@@ -45,7 +45,9 @@ class ProofHook:
                 hint="one process for each GPU, with `torchrun` or `accelerate launch`, or CUDA_VISIBLE_DEVICES=0",
             )
         for dropper in self.droppers:
-            dropper.due, dropper.fired = dropper.layer is None, False
+            dropper.due = dropper.layer is None
+            if dropper.layer is not None:
+                dropper.fired = False
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not module.training or not torch.is_grad_enabled():
@@ -55,6 +57,8 @@ class ProofHook:
             refuse_checkpointing(family.model)
         name, after = type(family.model).__name__, "attach() to the model that is trained, after PEFT has wrapped it"
         silent = [d for d in self.droppers if d.rate and d.due and not d.fired]
+        for dropper in self.droppers:
+            dropper.fired = False  # not before: an embedding may be looked up before the model is called
         if silent:
             raise MethodError(
                 f"{name} went through a training pass without firing {_names(silent)}",
@@ -71,14 +75,18 @@ class ProofHook:
 
 
 class DueHook:
-    """Forward pre-hook on a layer: it runs in this pass, which layer drop or a batch without images may have spared it."""
+    """Forward pre-hook on a layer: it runs in this pass, which layer drop or a batch without images may have spared it.
+
+    A layer that is frozen and in eval mode, as a vision tower often is, was put to rest on purpose.
+    """
 
     def __init__(self, droppers: list[Dropper]) -> None:
         self.droppers = droppers
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        due = module.training or any(parameter.requires_grad for parameter in module.parameters())
         for dropper in self.droppers:
-            dropper.due = True
+            dropper.due = due
 
 
 def _names(droppers: list[Dropper]) -> str:

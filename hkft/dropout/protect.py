@@ -44,6 +44,21 @@ def protect(keep: Keep, may: Allowed | None, causal: bool) -> tuple[Keep, Tensor
     return keep | lost, None
 
 
+def given_back(drawn: Keep, keep: Keep, rescued: Tensor | None, may: Allowed | None, queries: int) -> Tensor:
+    """[rows in which `protect` gave back a key that the row may attend to, rows in all], counted over B, H and Q."""
+    changed = keep & ~drawn
+    if may is None:
+        acted = changed.any(-1, keepdim=True)
+    elif changed.shape[-2] == 1 and may.shape[1] == 1:  # without [B,H,Q,K]
+        acted = (may[:, 0].float() @ changed[:, :, 0].float().transpose(1, 2) > 0.5).transpose(1, 2).unsqueeze(-1)
+    else:
+        acted = (changed & may).any(-1, keepdim=True)
+    if rescued is not None:
+        acted = acted | (rescued if may is None else rescued & may.any(-1, keepdim=True))
+    acted = acted.expand(*drawn.shape[:2], queries, 1)
+    return torch.stack([torch.count_nonzero(acted), torch.tensor(acted.numel(), device=acted.device)])
+
+
 def _first_key(may: Tensor | None, keys: int, device: torch.device) -> Bool[Tensor, "Bm 1 1 K"]:
     """Where the first attended key stands. The last query sees the most, so its row tells, whatever side is padded."""
     place = torch.arange(keys, device=device)

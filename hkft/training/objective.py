@@ -62,6 +62,7 @@ def distance(kind: str, logits: Tensor, other: Tensor, labels: Tensor | None, sh
     """
     if logits.ndim == 3:
         assert labels is not None, "generation needs labels to know the completion"
+        logits, other = logits[:, -labels.shape[1] :], other[:, -labels.shape[1] :]  # a soft prompt stands in front
         if shift:
             labels, logits, other = labels[:, 1:], logits[:, :-1], other[:, :-1]
         logits, other = logits[labels != IGNORED], other[labels != IGNORED]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 import hkft
 from hkft import Method, Site, attach
+from hkft.dropout import interface
 from hkft.errors import MethodError
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -117,6 +119,65 @@ def test_every_part_gets_its_own_backend_back() -> None:
     with attach(model, "dropkey"):
         assert backends(model)[1:] == ("hkft_eager", "hkft_sdpa")
     assert backends(model) == before
+
+
+def test_what_somebody_sets_within_stays_theirs_and_a_shared_part_stays_hkfts() -> None:
+    model = llava()
+    with attach(model, "dropkey"):
+        model.config.vision_config._attn_implementation = "eager"
+    assert backends(model) == ("sdpa", "eager", "sdpa")
+    other = transformers.LlamaForCausalLM(model.config.text_config).train()
+    first, second = attach(model, "dropkey"), attach(other, "dropkey", rate=0.3)
+    first.detach()
+    other(input_ids=torch.full((1, 8), 7))  # raises where nothing fires
+    assert second.report()[0]["calls"] == 1
+    second.detach()
+    assert backends(model) == ("sdpa", "eager", "sdpa")
+
+
+def test_a_frozen_tower_in_eval_mode_was_put_to_rest_on_purpose() -> None:
+    model = llava()
+    model.model.vision_tower.requires_grad_(False).eval()
+    seeing = torch.cat([torch.full((1, 9), 5), torch.randint(6, 64, (1, 8))], 1)
+    with attach(model, "dropkey", rate=0.3) as attachment:
+        model(input_ids=seeing, pixel_values=PIXELS)
+        assert attachment.report()[0]["calls"] == 1
+        model.model.vision_tower.requires_grad_(True)
+        with pytest.raises(MethodError, match="without firing attention_logits of layer 0"):
+            model(input_ids=seeing, pixel_values=PIXELS)
+
+
+def test_embeddings_looked_up_before_the_model_is_called(zoo: Any) -> None:
+    model, batch = zoo.build("llama"), zoo.inputs("llama")
+    with attach(model, Method([Site("input", "column", 0.5)])) as attachment:
+        for _ in range(2):
+            embedded = model.get_input_embeddings()(batch["input_ids"])
+            model(inputs_embeds=embedded, attention_mask=batch["attention_mask"])
+        assert attachment.report()[0]["calls"] == 2
+        with torch.no_grad():
+            bare = model.get_input_embeddings().weight[batch["input_ids"]]
+        with pytest.raises(MethodError, match="without firing input"):
+            model(inputs_embeds=bare)
+
+
+def test_stages_and_groups_are_one_stack() -> None:
+    swin = transformers.SwinModel(
+        transformers.SwinConfig(
+            image_size=32, patch_size=2, embed_dim=8, depths=[2, 2, 2], num_heads=[1, 2, 4], window_size=2
+        )
+    )
+    groups = transformers.AlbertModel(
+        transformers.AlbertConfig(
+            **{**SIZE, "num_hidden_layers": 4}, vocab_size=64, embedding_size=16, num_hidden_groups=4
+        )
+    )
+    for model, half in ((swin, [3, 4, 5]), (groups, [2, 3])):
+        site = Site("attention_logits", "column", rate=0.4, layers="latter-half", schedule="linear_up")
+        with attach(model, Method([site])) as attachment:
+            assert [d.layer for d in attachment.droppers] == half
+            assert [d.rate for d in attachment.droppers] == pytest.approx(
+                [0.4 * (n + 1) / len(half) for n in range(len(half))]
+            )
 
 
 def test_an_encoder_and_its_decoder_are_two_stacks() -> None:
@@ -237,6 +298,33 @@ def test_protected_counts_rows_that_had_something_to_lose(zoo: Any) -> None:
     with attach(zoo.build("bert"), Method([Site("attention_weights", "column", 0.3, rescale="none")])) as attachment:
         zoo.run(attachment.family.model, zoo.inputs("bert"))
         assert attachment.report()[0]["protected"] is None  # no row can come to be NaN
+
+
+@pytest.mark.parametrize("name", ["mistral", "llama", "bert"])
+def test_protected_is_the_share_of_rows_that_were_given_a_key_back(
+    zoo: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand, row by row: mistral's window of 5 hides the first key from most queries."""
+    model, batch = zoo.build(name), zoo.inputs(name, rows=4, padding="left", real=2)
+    drawn, real = [], interface.protect
+    monkeypatch.setattr(
+        interface, "protect", lambda keep, may, causal: drawn.append((keep, may)) or real(keep, may, causal)
+    )
+    with attach(model, Method([Site("attention_logits", "column", 0.6, layers="all")])) as attachment:
+        zoo.run(model, batch)
+        measured = attachment.report()[0]["protected"]
+    acted = rows = 0
+    for keep, may in drawn:
+        may = torch.ones(4, 1, 12, 12, dtype=torch.bool) if may is None else may.expand(4, 1, 12, 12)
+        for b, h, q in itertools.product(range(4), range(4), range(12)):
+            allowed, kept = may[b, 0, q], keep[b, h, 0]
+            first = int(may[b, 0, -1].int().argmax())
+            lost_first = name != "bert" and bool(allowed[first]) and not bool(kept[first])
+            kept = kept | ((torch.arange(12) == first) if name != "bert" else False)
+            lost_all = bool(allowed.any()) and not bool((allowed & kept).any())
+            acted, rows = acted + (lost_first or lost_all), rows + 1
+    assert 0 < acted < rows
+    assert measured == pytest.approx(acted / rows)
 
 
 def test_a_first_pass_in_inference_mode(zoo: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+from transformers import BertConfig, BertModel, Wav2Vec2Config, Wav2Vec2ForCTC
 
 from hkft import METHODS, Method, Site, attach, self_check
 from hkft.dropout import interface
@@ -124,6 +124,7 @@ class Wrapped(nn.Module):
     def __init__(self, inner: nn.Module, give: Any) -> None:
         super().__init__()
         self.inner, self.give, self.norm = inner, give, nn.BatchNorm1d(32)
+        self.register_buffer("ones", torch.ones(1).expand(32))  # cannot be written to in place
 
     def forward(self, **batch: torch.Tensor) -> Any:
         hidden = self.inner(**batch)[0]
@@ -168,10 +169,12 @@ def test_a_loss_that_is_no_number_is_not_blamed_on_hkft(zoo: Any) -> None:
     )
 
 
-def test_a_model_that_draws_from_numpy() -> None:
-    """wav2vec 2.0 masks its own inputs in train mode, with numbers of numpy's."""
+@pytest.mark.parametrize("layerdrop", [0.0, 0.5])
+def test_a_model_that_draws_from_numpy_and_leaves_layers_out(layerdrop: float) -> None:
+    """wav2vec 2.0 masks its own inputs in train mode, with numbers of numpy's; the rate of its layers is the configuration's."""
     config = Wav2Vec2Config(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=20, layerdrop=0.0,
+        hidden_size=32, num_hidden_layers=6, num_attention_heads=4, intermediate_size=64, vocab_size=20,
+        layerdrop=layerdrop,
         conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=16,
         num_conv_pos_embedding_groups=2, mask_time_prob=0.3, mask_time_length=2,
     )  # fmt: skip
@@ -181,7 +184,20 @@ def test_a_model_that_draws_from_numpy() -> None:
     before = (np.random.get_state()[1].tolist(), random.getstate())
     with attach(model, "dropkey", rate=0.1):
         self_check(model, batch)
+    assert model.config.layerdrop == layerdrop
     assert (np.random.get_state()[1].tolist(), random.getstate()) == before
+
+
+def test_a_span_of_few_tokens_may_well_fall_on_the_same() -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    for seed in range(4):
+        torch.manual_seed(seed)
+        with attach(BertModel(config).train(), "hiddencut-span") as attachment:
+            self_check(attachment.family.model, {"input_ids": torch.randint(3, 64, (1, 5))})
 
 
 def test_a_check_leaves_the_proof_to_the_first_step(zoo: Any) -> None:

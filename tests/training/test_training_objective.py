@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from peft import PromptTuningConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, T5Config
 
 import hkft
@@ -151,6 +152,18 @@ def test_which_rows_are_compared_hangs_on_the_model(kind: str, monkeypatch: pyte
     if kind == "GPT2LMHeadModel":
         at = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
     torch.testing.assert_close(seen[0], torch.stack([views[1][place] for place in at]))
+
+
+def test_a_soft_prompt_stands_in_front_of_the_labels():
+    """Prompt tuning gives logits for its own tokens, too."""
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1))
+    model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).train()
+    tokens = torch.randint(0, 40, (2, 7))
+    with hkft.attach(model, "hiddenkey", rate=0.3):
+        loss = hkft.consistency_loss(model, {"input_ids": tokens, "labels": tokens})
+    assert torch.isfinite(loss)
+    logits, other = torch.randn(2, 11, 40), torch.randn(2, 11, 40)
+    assert distance("kl", logits, other, tokens) == distance("kl", logits[:, 4:], other[:, 4:], tokens)
 
 
 def test_a_clean_pass_leaves_a_frozen_module_in_eval_mode(model, batch):
