@@ -67,12 +67,10 @@ def _prove(model: nn.Module, attachment: Attachment, run: Callable[[], Any], rea
         model.eval()
         looks = [_look(run, real, seed) for seed in (0, 1)]
         model.train()
-        with attachment.rates(lambda _: 0.0):
+        with _without_native(model), attachment.rates(lambda _: 0.0):
             silent = _look(run, real)
             with _own_attention(attachment):
                 plain = _look(run, real)
-        with _without_native(model), attachment.rates(lambda _: 0.0):
-            bare = _look(run, real)
         with _without_native(model), attachment.rates(lambda d: NOTHING if d.rate else 0.0):
             empty = _look(run, real)
     if not torch.isfinite(plain[0]).all():
@@ -83,7 +81,7 @@ def _prove(model: nn.Module, attachment: Attachment, run: Callable[[], Any], rea
         )
     with _without_native(model):  # it would hide a site that does nothing
         wrong = [REASONS["differ"].format(name) for name in _idle(model, attachment, run)]
-    found = {"eval": _close(*looks), "baseline": _close(plain, silent), "path": _near(bare, empty)}
+    found = {"eval": _close(*looks), "baseline": _close(plain, silent), "path": _near(plain, empty)}
     wrong += [REASONS[name] for name, holds in found.items() if not holds]
     if wrong:
         raise MethodError(
