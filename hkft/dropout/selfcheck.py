@@ -42,8 +42,9 @@ REASONS = {
 def self_check(model: nn.Module, batch: Mapping[str, Any], forward: Callable[[], Any] | None = None) -> dict[str, Any]:
     """Prove the attached method on one batch, and time it: {"rows", "seconds", "cost"}, cost by the number of the site.
 
-    model: with a method attached by `attach`, on its device; not DDP's wrapper, whose ranks would wait for one another. batch: what the model takes, with labels if it is to have a
-    loss. forward: runs the model on the batch, where that takes more than `model(**batch)`, such as autocast.
+    model: with a method attached by `attach`, on its device; not DDP's wrapper, whose ranks would wait for one another.
+    batch: what the model takes, with labels if it is to have a loss. forward: runs the model on the batch, where that takes
+    more than `model(**batch)`, such as autocast.
     cost: time of a training step, forward and backward, with one site alone at its own rate, by that without any; the
     least of several rounds, for as long as a second allows. `Attachment.report` tells it from then on.
     Raises MethodError where nothing is attached, or where one of the four does not hold; DivergedError where the loss is
@@ -97,9 +98,8 @@ def _idle(model: nn.Module, attachment: Attachment, run: Callable[[], Any]) -> l
     for number in sorted({d.number for d in attachment.droppers if d.rate}):
         with attachment.rates(lambda d, alone=number: max(d.rate, CERTAIN) if d.number == alone and d.rate else 0.0):
             one = _train(model, run, 0)
-            same = all(
-                _close(one, _train(model, run, seed)) for seed in (1, 2, 3)
-            )  # of few tokens two may well be equal
+            others = (_train(model, run, seed) for seed in (1, 2, 3))  # two masks of few tokens may well be equal
+            same = all(_close(one, other) for other in others)
         if same:
             idle.append(attachment.method.sites[number].position)
     return idle

@@ -58,7 +58,8 @@ def objective(
 def distance(kind: str, logits: Tensor, other: Tensor, labels: Tensor | None, shift: bool = True) -> Tensor:
     """How far two views are apart. logits [B, C]: an example a row; [B, L, V]: a row for each token that is a label.
 
-    shift: position t of the logits predicts label t + 1; else label t. One output, a regression, takes the squared difference whatever the kind.
+    shift: position t of the logits predicts label t + 1; else label t. One output, a regression, takes the squared
+    difference whatever the kind.
     """
     if logits.ndim == 3:
         assert labels is not None, "generation needs labels to know the completion"
