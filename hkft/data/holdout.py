@@ -24,6 +24,15 @@ def draw(count: int, wanted: int, seed: int) -> np.ndarray:
     return np.sort(np.random.RandomState(seed).permutation(count)[:wanted])
 
 
+def draw_groups(groups: Sequence[int], wanted: int, seed: int) -> np.ndarray:
+    """As `draw`, but whole groups: at most `wanted` rows, at least one group. groups: [N], the group of each row."""
+    member = np.unique(np.asarray(groups), return_inverse=True)[1]
+    order = np.random.RandomState(seed).permutation(member.max() + 1)
+    rows = np.cumsum(np.bincount(member)[order])
+    taken = order[: max(1, int(np.searchsorted(rows, wanted, side="right")))]
+    return np.flatnonzero(np.isin(member, taken))
+
+
 def hold_out(groups: Sequence[int], strata: Sequence[int], fraction: float, seed: int) -> np.ndarray:
     """Which rows are validation: [N] booleans, about `fraction` of them true, with the mix of `strata`.
 

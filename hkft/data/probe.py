@@ -41,6 +41,26 @@ def probe_indices(
     return sorted(int(index) for index in np.concatenate(chosen))
 
 
+def probe_of_prompts(
+    train_groups: Sequence[int], validation_groups: Sequence[int], size: int | None, seed: int
+) -> list[int]:
+    """Indices into the training rows of generation, sorted: whole prompts, with every completion they have.
+
+    A score of generated text rises with the number of its references, so the probe's prompts have as many as those of
+    validation, by twentieths. groups: [N], the number of each row's prompt. size: rows, as in `probe_indices`. Where
+    no training prompt has as many completions as any of validation, prompts are drawn as they come.
+    """
+    member = np.unique(np.asarray(train_groups), return_inverse=True)[1]
+    sizes, wanted_sizes = np.bincount(member), np.unique(np.asarray(validation_groups), return_counts=True)[1]
+    rows = min(len(member), len(validation_groups), size or len(validation_groups))
+    prompts = max(1, round(rows / wanted_sizes.mean()))
+    chosen = probe_indices(sizes.tolist(), wanted_sizes.tolist(), prompts, seed, "regression")
+    if not chosen:
+        order = np.random.RandomState(seed).permutation(len(sizes))
+        chosen = order[: max(1, int(np.searchsorted(np.cumsum(sizes[order]), rows, side="right")))]
+    return [int(row) for row in np.flatnonzero(np.isin(member, chosen))]
+
+
 def _bins(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """The bin of each value [N], the last one closed on both sides; -1 beyond the edges."""
     bins = np.minimum(np.searchsorted(edges, values, side="right") - 1, max(len(edges) - 2, 0))

@@ -1,7 +1,8 @@
-"""One source -> canonical rows: `id`, `text`, `text_pair` (pairs only), `label`."""
+"""One source -> canonical rows: `id`, `text`, `text_pair` (pairs only), `label`; for generation see `prompts`."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,9 +10,11 @@ from typing import Any, Protocol
 import datasets
 
 from hkft.data.labels import class_indices, class_names, class_texts, numbers, tell_absent
-from hkft.data.sources import read
-from hkft.errors import DataError, Problem, UsageError, nearest
+from hkft.data.prompts import columns_of
+from hkft.data.sources import cells_of, read
+from hkft.errors import DataError, Problem, nearest
 from hkft.events import Listener, Notice
+from hkft.recipe.template import template
 
 
 class DataSection(Protocol):
@@ -30,6 +33,12 @@ class DataSection(Protocol):
     @property
     def label(self) -> str | None: ...
     @property
+    def prompt(self) -> str | None: ...
+    @property
+    def completion(self) -> str | None: ...
+    @property
+    def messages(self) -> str | None: ...
+    @property
     def train_rows(self) -> int | None: ...
     @property
     def validation_rows(self) -> int | None: ...
@@ -44,6 +53,9 @@ class DataRecipe(Protocol):
     def task(self) -> str: ...
     @property
     def seed(self) -> int: ...
+
+
+_LACKING = {"text": "without text", "text_pair": "without text", "messages": "without a prompt"}
 
 
 @dataclass(frozen=True)
@@ -64,8 +76,8 @@ def rows(
     """The canonical rows of any source, under the recipe's columns and filter, and a run's own `labels`.
 
     Columns: `id`, the row's number in its source, from 0; `text`; `text_pair` for pairs; `label`, an index of `labels`
-    or a float. With `labelled` False, for prediction, the source needs no labels, and there is no `label`. Raises what
-    `read` raises, and DataError for missing columns, labels that cannot be, and a source that no row of is left.
+    or a float; for generation those of `prompts`. With `labelled` False, for prediction, the source needs no labels or
+    completions, and there is none. Raises what `read` raises, and DataError for missing columns, labels that cannot be, and a source that no row of is left.
     """
     return canonical(reference, recipe, labels, tell, labelled).rows
 
@@ -78,23 +90,38 @@ def canonical(
     labelled: bool = True,
 ) -> Rows:
     """As `rows`; where `labels` is None in classification, the classes are those found here."""
-    if recipe.task == "generation":
-        raise UsageError("generation is not built yet", where="task", allowed="classification, regression")
-    data, label = recipe.data, recipe.data.label if labelled else None
-    assert label is not None or not labelled, "the recipe room lets no such recipe through"
+    data = recipe.data
     source = read(reference, tell)
-    texts = [data.text] if isinstance(data.text, str) else list(data.text)
-    wanted = dict.fromkeys(data.filter or {}, "data.filter") | dict.fromkeys(texts, "data.text")
-    check_columns(source, wanted | ({label: "data.label"} if label else {}), reference)
+    needed = _needed(recipe, labelled)
+    check_columns(source, dict.fromkeys(data.filter or {}, "data.filter") | needed, reference)
     ids = _filtered(source, data.filter or {}, reference)
     chosen = source if len(ids) == len(source) else source.select(ids)
-    columns: dict[str, list[Any]] = {"id": ids}
-    for name, column in zip(("text", "text_pair"), texts, strict=False):
-        columns[name] = _texts(chosen, column, reference)
     names = tuple(labels) if labels is not None else None
-    if label:
-        columns["label"], names = _labels(chosen, label, recipe.task, names, ids, reference, tell)
+    columns: dict[str, list[Any]] = {"id": ids}
+    if recipe.task == "generation":
+        columns |= columns_of(chosen, data, labelled, reference, ids)
+        return Rows(_complete(columns, recipe.task, reference, tell), None)
+    for name, column in zip(("text", "text_pair"), _texts_named(data), strict=False):
+        columns[name] = _texts(chosen, column, reference)
+    if labelled:
+        assert data.label is not None, "the recipe room lets no such recipe through"
+        columns["label"], names = _labels(chosen, data.label, recipe.task, names, ids, reference, tell)
     return Rows(_complete(columns, recipe.task, reference, tell), names)
+
+
+def _texts_named(data: DataSection) -> list[str]:
+    return [data.text] if isinstance(data.text, str) else list(data.text)
+
+
+def _needed(recipe: DataRecipe, labelled: bool) -> dict[str, str]:
+    """The columns that the task reads, and the key that names each."""
+    data = recipe.data
+    if recipe.task != "generation":
+        return dict.fromkeys(_texts_named(data), "data.text") | ({str(data.label): "data.label"} if labelled else {})
+    if data.messages is not None:
+        return {data.messages: "data.messages"}
+    keys = ("prompt", "completion") if labelled else ("prompt",)
+    return {column: f"data.{key}" for key in keys for column in template(getattr(data, key)).columns}
 
 
 def check_columns(source: datasets.Dataset, wanted: Mapping[str, str], reference: str) -> None:
@@ -114,11 +141,6 @@ def check_columns(source: datasets.Dataset, wanted: Mapping[str, str], reference
     ]
     if problems:
         raise DataError(problems=problems)
-
-
-def cells_of(source: datasets.Dataset, column: str) -> list[Any]:
-    """One column as Python values, without decoding the others."""
-    return source.select_columns([column])[:][column]
 
 
 def _filtered(source: datasets.Dataset, wanted: Mapping[str, Any], reference: str) -> list[int]:
@@ -192,18 +214,18 @@ def _labels(
 
 def _complete(columns: dict[str, list[Any]], task: str, reference: str, tell: Listener) -> datasets.Dataset:
     """The rows without a gap in them, the others counted aloud."""
-    wordless = {
-        row for name in ("text", "text_pair") if name in columns for row, t in enumerate(columns[name]) if t is None
-    }
-    unlabelled = {row for row, label in enumerate(columns.get("label", [])) if label is None} - wordless
     total = len(columns["id"])
-    if dropped := wordless | unlabelled:
-        reasons = [(len(wordless), "without text"), (len(unlabelled), "without a label")]
-        counted = ", ".join(f"{count:,} {reason}" for count, reason in reasons if count)
-        if len(dropped) == total:
+    gaps: dict[int, str] = {}  # row -> what it lacks, the first that it does
+    for name, cells in columns.items():
+        reason = _LACKING.get(name, f"without a {name}")
+        gaps |= {row: reason for row, cell in enumerate(cells) if cell is None and row not in gaps}
+    if gaps:
+        reasons = Counter(gaps.values())
+        counted = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items(), reverse=True))
+        if len(gaps) == total:
             raise DataError("no row is whole", where=reference, found=f"{counted} of {total:,}")
-        tell(Notice(f"{reference}: {len(dropped):,} of {total:,} rows left out ({counted})", level="warning"))
-        columns = {name: [v for row, v in enumerate(cells) if row not in dropped] for name, cells in columns.items()}
+        tell(Notice(f"{reference}: {len(gaps):,} of {total:,} rows left out ({counted})", level="warning"))
+        columns = {name: [v for row, v in enumerate(cells) if row not in gaps] for name, cells in columns.items()}
     label = datasets.Value("float64" if task == "regression" else "int64")
     kinds = {"id": datasets.Value("int64"), "label": label}
     features = datasets.Features({name: kinds.get(name, datasets.Value("string")) for name in columns})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import datasets
 
 from hkft.data.files import read_file
@@ -11,7 +13,7 @@ from hkft.data.references import locate, package_path
 from hkft.errors import DataError
 from hkft.events import Listener, Stage
 
-__all__ = ["locate", "package_path", "read"]
+__all__ = ["cells_of", "locate", "package_path", "read"]
 
 
 def read(reference: str, tell: Listener) -> datasets.Dataset:
@@ -31,3 +33,8 @@ def read(reference: str, tell: Listener) -> datasets.Dataset:
     except (ValueError, NotImplementedError, TypeError) as error:
         found = str(error).splitlines()[0]
         raise DataError("a column has a type that datasets cannot hold", where=str(path), found=found) from None
+
+
+def cells_of(source: datasets.Dataset, column: str) -> list[Any]:
+    """One column as Python values, without decoding the others."""
+    return source.select_columns([column])[:][column]

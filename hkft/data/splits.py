@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import datasets
 import numpy as np
 
-from hkft.data.holdout import draw, hold_out
-from hkft.data.rows import DataRecipe, Rows, canonical, cells_of, rows
+from hkft.data.holdout import draw, draw_groups, hold_out
+from hkft.data.rows import DataRecipe, Rows, canonical, rows
+from hkft.data.sources import cells_of
 from hkft.errors import DataError, SetupError, UsageError
 from hkft.events import Listener, Notice
 
@@ -26,8 +27,8 @@ class Splits:
 
     labels: the class names in the order of their indices; None in regression.
     fingerprints: split -> sha256 of its rows, the same on every machine.
-    duplicates: validation rows whose text stands in train too, letter case and white space aside; 0 unless both were
-        asked for.
+    duplicates: validation rows whose text, or prompt, stands in train too, letter case and white space aside; 0 unless
+        both were asked for.
     """
 
     train: datasets.Dataset | None
@@ -46,7 +47,8 @@ def load(
 ) -> Splits:
     """The rows a run works with: read, filtered, mapped to the classes of train, split and drawn with the seed.
 
-    A fraction as `data.validation` is drawn from train by class, with repeats of one text on one side. `labels` gives
+    A fraction as `data.validation` is drawn from train by class, with repeats of one text on one side; in generation the
+    completions of one prompt stay together, here and where so many rows are drawn. `labels` gives
     the classes of an earlier run instead of those found in train. Raises what `rows` raises, and UsageError for a test
     set that the recipe does not name.
     """
@@ -57,7 +59,7 @@ def load(
     fraction = None if isinstance(data.validation, str) else _fraction(data.validation)
     taken: dict[str, datasets.Dataset] = {}
     of_train = "train" in splits or (fraction is not None and "validation" in splits)
-    if of_train or (known is None and recipe.task != "regression"):
+    if of_train or (known is None and recipe.task == "classification"):
         train = _read("train", recipe, known, tell)
         known = train.labels
         taken["train"], held = (train.rows, None) if fraction is None else _part(train, fraction, recipe)
@@ -69,7 +71,7 @@ def load(
         taken["test"] = _read("test", recipe, known, tell).rows
     limits = {"train": data.train_rows, "validation": data.validation_rows}
     final = {name: _limited(taken[name], limits.get(name), recipe.seed, name, tell) for name in NAMES if name in splits}
-    if "train" in final:
+    if "train" in final and recipe.task != "generation":
         _check_labels(final["train"], final.get("validation"), known, recipe, tell)
     repeated = _duplicates(final["train"], final["validation"], tell) if {"train", "validation"} <= set(splits) else 0
     return Splits(
@@ -141,23 +143,29 @@ def _check_labels(
             tell(Notice(f"no validation row is of class {', '.join(lacking)}", level="warning"))
 
 
-def _keys(split: datasets.Dataset) -> list[tuple[str, ...]]:
-    """What makes two rows the same example: their text, letter case and white space aside."""
-    columns = [cells_of(split, name) for name in ("text", "text_pair") if name in split.column_names]
+def keys(split: datasets.Dataset) -> list[tuple[str, ...]]:
+    """What makes two rows the same example: their text or their prompt, letter case and white space aside."""
+    columns = [cells_of(split, name) for name in ("text", "text_pair", "prompt") if name in split.column_names]
     return [tuple(" ".join(text.casefold().split()) for text in texts) for texts in zip(*columns, strict=True)]
+
+
+def numbered(keys: Sequence[tuple[str, ...]]) -> list[int]:
+    """Each key's number, in the order of their first appearance: equal keys are one group."""
+    numbers: dict[tuple[str, ...], int] = {}
+    return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
 def _part(train: Rows, fraction: float, recipe: DataRecipe) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Train without its validation part, and that part."""
-    numbered: dict[tuple[str, ...], int] = {}
-    groups = [numbered.setdefault(key, len(numbered)) for key in _keys(train.rows)]
+    groups = numbered(keys(train.rows))
     strata = cells_of(train.rows, "label") if recipe.task == "classification" else [0] * len(groups)
     held = hold_out(groups, strata, fraction, recipe.seed)
     if not held.any():
         classes = len(set(strata))
-        found = f"{len(groups):,} rows, {len(numbered):,} different"
+        found = f"{len(groups):,} rows, {len(set(groups)):,} different"
         raise DataError(
-            "too few different texts of each class to draw a validation set from",
+            f"too few different {'prompts' if recipe.task == 'generation' else 'texts of each class'} "
+            "to draw a validation set from",
             where=recipe.data.train,
             found=f"{found}, {classes:,} classes" if recipe.task == "classification" else found,
             hint=f"is {recipe.data.label!r} the column of the labels?" if 2 * classes > len(groups) > 2 else None,
@@ -170,13 +178,18 @@ def _limited(split: datasets.Dataset, wanted: int | None, seed: int, name: str, 
         return split
     if wanted > len(split):
         tell(Notice(f"data.{name}_rows asks for {wanted:,} rows; there are {len(split):,}, all are used"))
-    return split if wanted >= len(split) else split.select(draw(len(split), wanted, seed))
+    if wanted >= len(split):
+        return split
+    if "prompt" in split.column_names:
+        return split.select(draw_groups(numbered(keys(split)), wanted, seed))
+    return split.select(draw(len(split), wanted, seed))
 
 
 def _duplicates(train: datasets.Dataset, validation: datasets.Dataset, tell: Listener) -> int:
-    seen = set(_keys(train))
-    count = sum(key in seen for key in _keys(validation))
+    seen = set(keys(train))
+    count = sum(key in seen for key in keys(validation))
     if count:
         share = f"{count:,} of {len(validation):,} validation rows ({count / len(validation):.1%})"
-        tell(Notice(f"{share} are in train too: the validation scores flatter", level="warning"))
+        what = "have a prompt that is in train too" if "prompt" in train.column_names else "are in train too"
+        tell(Notice(f"{share} {what}: the validation scores flatter", level="warning"))
     return count

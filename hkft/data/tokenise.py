@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+import torch
+from transformers import DataCollatorWithFlattening, DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from hkft.data.completions import IGNORED, examples_of
 from hkft.data.quiet import quiet
 from hkft.errors import SetupError, UsageError
 from hkft.events import Listener, Notice, Stage
 
 BATCH = 1000
 MUCH = 0.05  # a larger share of cut rows is a warning
-NOT_FOR_THE_MODEL = ("id", "length")
+NOT_FOR_THE_MODEL = ("id", "length", "prompt_length", "prompt", "completion")
 
 _KINDS = {
     "input_ids": datasets.List(datasets.Value("int32")),
@@ -35,7 +37,7 @@ def tokenise(
     """The rows as examples, in memory and in their order: no padding, at most `max_length` tokens.
 
     Columns: `input_ids`, `attention_mask` and, where the tokenizer has them, `token_type_ids`; `labels` where the rows
-    have a `label`; `id`; `length` in tokens. Rows that are cut are counted aloud under `name`. A tokenizer without a
+    have a `label`; `id`; `length` in tokens; for generation see `completions`. Rows that are cut are counted aloud under `name`. A tokenizer without a
     padding token is given its end-of-sequence token. Raises SetupError where it has neither, UsageError where
     `max_length` leaves no room for text.
     """
@@ -43,6 +45,8 @@ def tokenise(
     ensure_padding(tokenizer, tell)
     paired = "text_pair" in rows.column_names
     longest = _longest(tokenizer, max_length, paired, tell)
+    if "prompt" in rows.column_names:
+        return examples_of(rows, copy.deepcopy(tokenizer), longest, tell, name)
     used = copy.deepcopy(tokenizer)  # a truncation stays in the tokenizer that made it, and would be saved with it
     cut = done = 0
 
@@ -86,16 +90,47 @@ def ensure_padding(tokenizer: PreTrainedTokenizerBase, tell: Listener) -> None:
     tell(Notice(f"the tokenizer has no padding token: its end-of-sequence token {tokenizer.eos_token!r} pads"))
 
 
-def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], Any]:
-    """Examples -> one batch of tensors [B,L], L a multiple of 8, without the columns that are not the model's."""
-    return _Collator(tokenizer, pad_to_multiple_of=8)
+def collator(
+    tokenizer: PreTrainedTokenizerBase, side: str | None = None, padding_free: bool = False
+) -> Callable[[list[dict[str, Any]]], Any]:
+    """Examples -> one batch of tensors, without the columns that are not the model's.
+
+    [B,L], L a multiple of 8, padded on `side` ("right", "left"; None: the tokenizer's own), labels of tokens by IGNORED;
+    with padding_free, for decoders, [1,T]: all examples end to end, with `position_ids` that begin anew at each.
+    """
+    return _Flattening() if padding_free else _Collator(tokenizer, pad_to_multiple_of=8, side=side)
+
+
+def _inputs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in NOT_FOR_THE_MODEL} for row in rows]
 
 
 @dataclass
 class _Collator(DataCollatorWithPadding):
+    side: str | None = None
+
     def __call__(self, features: list[dict[str, Any]]) -> Any:
-        inputs = [{key: value for key, value in row.items() if key not in NOT_FOR_THE_MODEL} for row in features]
-        return super().__call__(inputs)
+        inputs = _inputs(features)
+        labels = [row.pop("labels") for row in inputs if isinstance(row.get("labels"), list)]
+        batch = self.tokenizer.pad(
+            inputs,
+            padding_side=self.side,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            return_tensors="pt",
+            verbose=False,
+        )
+        if labels:
+            padded = torch.full_like(batch["input_ids"], IGNORED)
+            padded[batch["attention_mask"].bool()] = torch.tensor([label for row in labels for label in row])
+            batch["labels"] = padded
+        return batch
+
+
+class _Flattening(DataCollatorWithFlattening):
+    def __call__(
+        self, features: list[dict[str, Any]], return_tensors: str | None = None, separator_id: Any = None
+    ) -> Any:
+        return super().__call__(_inputs(features), return_tensors, separator_id)
 
 
 def _longest(tokenizer: PreTrainedTokenizerBase, max_length: int, paired: bool, tell: Listener) -> int:

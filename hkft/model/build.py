@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -55,31 +56,25 @@ def tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         raise _missing(recipe.model.name, error) from error
 
 
-def base(recipe: Recipe, labels: Sequence[str] | None, pad_token_id: int | None = None) -> PreTrainedModel:
-    """The base model with a fresh head for the task, on the recipe's device, its own dropout at `native_dropout`.
+def auto_class(task: str) -> Any:
+    """transformers' Auto class of a task."""
+    return AutoModelForCausalLM if task == "generation" else AutoModelForSequenceClassification
 
-    labels: class names, None for a regression. pad_token_id: the tokenizer's, for a model that names none. Raises SetupError: no such model, device or package.
+
+def base(recipe: Recipe, labels: Sequence[str] | None, pad_token_id: int | None = None) -> PreTrainedModel:
+    """The base model with the head of its task, on the recipe's device, its own dropout at `native_dropout`.
+
+    labels: class names, None for a regression or for generation. pad_token_id: the tokenizer's, for a model that names none.
+    Raises SetupError: no such model, device or package, or no decoder where text is to be generated.
     """
-    place, source = device(recipe.model.device), location(recipe.model.name)
+    place = device(recipe.model.device)
     try:
-        config = AutoConfig.from_pretrained(source, revision=recipe.model.revision)
-        set_native_dropout(config, recipe.model.native_dropout)
-        head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
-        if labels is not None:
-            head = {
-                "num_labels": len(labels),
-                "problem_type": "single_label_classification",
-                "id2label": dict(enumerate(labels)),
-                "label2id": {name: index for index, name in enumerate(labels)},
-            }
-        if config.get_text_config().pad_token_id is None:
-            config.pad_token_id = pad_token_id
-        for key, value in head.items():
-            setattr(config, key, value)
-        quantised = _quantisation(recipe.model.quantization, place, config)
+        config = configuration(recipe, labels, pad_token_id)
+        dtype = weights_dtype(recipe.model.dtype, config, place)
+        quantised = _quantisation(recipe, place, config, dtype)
         torch.manual_seed(recipe.seed)  # the head's initial weights
-        model = AutoModelForSequenceClassification.from_pretrained(
-            source, config=config, revision=recipe.model.revision, dtype="auto" if quantised else None, **quantised
+        model = auto_class(recipe.task).from_pretrained(
+            location(recipe.model.name), config=config, revision=recipe.model.revision, dtype=dtype, **quantised
         )
     except (OSError, ValueError, KeyError) as error:
         raise _missing(recipe.model.name, error) from error
@@ -91,6 +86,63 @@ def base(recipe: Recipe, labels: Sequence[str] | None, pad_token_id: int | None 
             # gradient, and does not unpack it for training: a look at the probe would end learning
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def configuration(recipe: Recipe, labels: Sequence[str] | None, pad_token_id: int | None = None) -> PreTrainedConfig:
+    """The base model's configuration, for the task. Raises SetupError for an encoder that is to generate."""
+    config = AutoConfig.from_pretrained(location(recipe.model.name), revision=recipe.model.revision)
+    set_native_dropout(config, recipe.model.native_dropout)
+    if config.get_text_config().pad_token_id is None:
+        config.pad_token_id = pad_token_id
+    if recipe.task == "generation":
+        if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
+            raise SetupError(
+                f"{config.model_type} is no causal language model",
+                where="model.name",
+                found=recipe.model.name,
+                allowed="a decoder, such as GPT-2, Llama or Qwen, for task generation",
+            )
+        return config
+    head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
+    if labels is not None:
+        head = {
+            "num_labels": len(labels),
+            "problem_type": "single_label_classification",
+            "id2label": dict(enumerate(labels)),
+            "label2id": {name: index for index, name in enumerate(labels)},
+        }
+    for key, value in head.items():
+        setattr(config, key, value)
+    return config
+
+
+def weights_dtype(wanted: str, config: PreTrainedConfig, place: torch.device) -> torch.dtype:
+    """The dtype of the frozen weights. "auto": float32 on a CPU, where half precision is slow; elsewhere the checkpoint's.
+
+    But for float16: without a loss scaler its gradients underflow, so it is bfloat16 where the device has that.
+    """
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    own = config.get_text_config().dtype or config.dtype or torch.float32
+    if place.type == "cpu":
+        return torch.float32
+    if own == torch.float16 and (place.type != "cuda" or torch.cuda.is_bf16_supported()):
+        return torch.bfloat16
+    return own
+
+
+def padding_side(model: nn.Module) -> str | None:
+    """Where a batch for `model` is padded: decoders on the right, whatever the tokenizer says; None: the tokenizer's side.
+
+    A decoder counts positions from the left, so padding there would move the text. Only generating needs it.
+    """
+    from hkft.dropout import families
+    from hkft.errors import MethodError
+
+    try:
+        return "right" if all(layer.causal for layer in families.find(model).layers) else None
+    except MethodError:  # a model that takes no method, trained without one
+        return None
 
 
 def set_native_dropout(config: PreTrainedConfig, rate: float | str) -> None:
@@ -112,7 +164,8 @@ def with_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     if recipe.model.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     try:
-        config = LoraConfig(task_type=TaskType.SEQ_CLS, **recipe.lora)
+        kind = TaskType.CAUSAL_LM if recipe.task == "generation" else TaskType.SEQ_CLS
+        config = LoraConfig(task_type=kind, **recipe.lora)
         torch.manual_seed(recipe.seed)  # A's initial weights: the same for every method
         return get_peft_model(model, config)  # type: ignore[return-value, arg-type]
     except (ValueError, TypeError) as error:
@@ -150,18 +203,18 @@ def parameters(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
 
 
-def _quantisation(kind: str, place: torch.device, config: PreTrainedConfig) -> dict[str, Any]:
-    """Arguments of from_pretrained for a quantised base, whose head is trained and so stays as it is.
+def _quantisation(recipe: Recipe, place: torch.device, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of from_pretrained for a quantised base, whose head is trained, or is the vocabulary's, and so stays as it is.
 
     bitsandbytes is imported here and nowhere else.
     """
+    kind = recipe.model.quantization
     if kind == "none":
         return {}
     from transformers import BitsAndBytesConfig
 
-    compute = torch.bfloat16 if place.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     with torch.device("meta"):
-        skeleton = AutoModelForSequenceClassification.from_config(config)
+        skeleton = auto_class(recipe.task).from_config(config)
     heads = [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
     settings = {
         "8bit": {"load_in_8bit": True},
@@ -169,7 +222,7 @@ def _quantisation(kind: str, place: torch.device, config: PreTrainedConfig) -> d
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": compute,
+            "bnb_4bit_compute_dtype": torch.bfloat16 if place.type == "cuda" and dtype != torch.float16 else dtype,
         },
     }
     try:

@@ -7,7 +7,7 @@ raises RefusedError, or lets a MethodError through: both keep what was found and
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
@@ -27,6 +27,7 @@ from hkft.dropout.method import (
 from hkft.dropout.named import find
 from hkft.errors import RecipeError
 from hkft.recipe.fields import CLASSES, defaults
+from hkft.recipe.template import template
 from hkft.recipe.text import dump, show
 
 CUSTOM = "custom"  # the method's name where the recipe gives its sites
@@ -87,6 +88,15 @@ def _text_columns(value: Any) -> Any:
     return value if isinstance(value, str) or len(pair) == 2 else pair[0]
 
 
+def _template(value: str) -> str:
+    try:
+        template(value)
+    except ValueError as error:
+        allowed = 'a column, or a template such as "{question} ->"'
+        raise RefusedError(f"not a template: {error}", found=show(value), allowed=allowed) from None
+    return value
+
+
 def _filter(value: Any) -> Any:
     def plain(item: Any) -> bool:
         return item is None or isinstance(item, str | int | float)
@@ -109,6 +119,7 @@ def _layers(value: Any) -> Any:
 
 
 Text = Annotated[str, Field(min_length=1)]
+Columns = Annotated[Text, AfterValidator(_template)]
 Whole = Annotated[int, Strict(), BeforeValidator(_whole)]
 Count = Annotated[Whole, Field(ge=1)]
 Rate = Annotated[Any, AfterValidator(_rate)]
@@ -125,6 +136,10 @@ class Model(Section):
     name: Text = Field(description="hub id | local folder | package:<python package>/<path inside it>")
     revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
     quantization: Literal["none", "8bit", "4bit"] = Field("none", description="none | 8bit | 4bit (QLoRA)")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="of the frozen weights; auto: the checkpoint's, but float32 on a CPU, and bfloat16 for float16",
+    )
     native_dropout: Annotated[Any, AfterValidator(_native_dropout)] = Field(
         0.0, description="rate set on the model's own dropout modules; `keep` leaves them"
     )
@@ -146,12 +161,43 @@ class Data(Section):
         None, description="classification, regression: one column, or two for a pair: [first, second]"
     )
     label: Text | None = Field(None, description="classification, regression: the column of the answer")
-    prompt: Text | None = Field(None, description="generation: a column, or a template of columns")
-    completion: Text | None = Field(None, description="generation: a column, or a template; the loss is on this only")
-    messages: Text | None = Field(None, description="generation, instead of both: the column of a chat")
+    prompt: Columns | None = Field(
+        None, description='generation: a column, or a template: "{meaning_representation} ->"'
+    )
+    completion: Columns | None = Field(
+        None, description='generation: a column, or a template: " {reference}"; the loss is on this and the end of text'
+    )
+    messages: Text | None = Field(
+        None, description="generation, instead of both: a column of chats; the loss is on what the assistant says"
+    )
     max_length: Annotated[Whole, Field(ge=8)] = Field(128, description="tokens of an example; longer ones are cut")
+    padding_free: bool = Field(False, description="generation: train on batches laid end to end, without padding")
     train_rows: Count | None = Field(None, description="use only so many rows, drawn with the seed")
     validation_rows: Count | None = Field(None, description="use only so many rows, drawn with the seed")
+
+
+TextMetric = Literal["bleu", "nist", "meteor", "rouge_l", "cider", "ter", "chrf"]  # see `hkft.evaluation.texts`
+
+
+class Generation(Section):
+    """How text is generated: fields of transformers.GenerationConfig, by their own names, and how it is scored."""
+
+    max_new_tokens: Count = Field(128, description="the longest answer")
+    num_beams: Count = Field(1, description="1: no beam search")
+    length_penalty: float = Field(1.0, description="of beam search: above 0 prefers longer answers")
+    early_stopping: bool = Field(False, description="of beam search: stop as soon as there are num_beams answers")
+    no_repeat_ngram_size: Annotated[Whole, Field(ge=0)] = Field(
+        0, description="no such run of tokens twice; 0: no limit"
+    )
+    repetition_penalty: Annotated[float, Field(gt=0)] = Field(1.0, description="1: none")
+    do_sample: bool = Field(False, description="draw tokens, with the seed, instead of taking the likeliest")
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="with do_sample")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="with do_sample")
+    top_k: Annotated[Whole, Field(ge=0)] = Field(0, description="with do_sample; 0: all tokens")
+    batch_size: Count = Field(16, description="prompts at a time")
+    metrics: list[TextMetric] = Field(
+        list(get_args(TextMetric)), description="of the generated text in `hkft eval`; []: generate nothing there"
+    )
 
 
 class SiteRecord(Section):
@@ -240,6 +286,9 @@ class Diagnostics(Section):
 
     evals_per_epoch: Count = Field(4, description="looks per epoch")
     probe_size: Annotated[Whole, Field(ge=2)] | None = Field(None, description="null: as many as validation rows")
+    generate: Count | None = Field(
+        None, description="generation: at every look, score the text of so many prompts of each set too; null: never"
+    )
     metric: Text | None = Field(None, description="picks the best adapter; null: validation loss")
     patience: Count | None = Field(None, description="stop after so many looks without a better one; null: never")
 
@@ -253,11 +302,18 @@ class Schema(Section):
     lora: dict[str, Any] = Field(default_factory=dict, description=f"fields of {CLASSES['lora']}, by their own names")
     dropout: Dropout = Field(default_factory=lambda: Dropout.model_validate({}))
     train: dict[str, Any] = Field(default_factory=dict, description=f"fields of {CLASSES['train']}, by their own names")
+    generation: Generation = Field(default_factory=lambda: Generation.model_validate({}))
     diagnostics: Diagnostics = Field(default_factory=lambda: Diagnostics.model_validate({}))
     seed: Annotated[Whole, Field(ge=0, lt=2**32)] = Field(1, description="of everything that is drawn")
 
 
-SECTIONS: dict[str, type[Section]] = {"model": Model, "data": Data, "dropout": Dropout, "diagnostics": Diagnostics}
+SECTIONS: dict[str, type[Section]] = {
+    "model": Model,
+    "data": Data,
+    "dropout": Dropout,
+    "generation": Generation,
+    "diagnostics": Diagnostics,
+}
 RECORDS: dict[tuple[str, ...], type[Section]] = {
     (): Schema,
     **{(name,): section for name, section in SECTIONS.items()},

@@ -11,19 +11,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from hkft.data.completions import IGNORED
 from hkft.dropout.attach import attached
 from hkft.dropout.consistency import LOSSES, squared
 from hkft.dropout.method import Consistency, Method
 from hkft.dropout.named import find
 from hkft.errors import MethodError
-
-IGNORED = -100  # a label that is not learned, as everywhere in torch and transformers
+from hkft.model.vocabulary import SummedInBlocks, Vocabulary
 
 
 class Objective(NamedTuple):
-    """loss = task + weight x consistency, scalars; `consistency` None: one pass, no such term. `outputs` of the main pass."""
+    """loss = task + weight x consistency, scalars; `consistency` None: one pass, no such term.
+
+    `outputs` of the main pass; None where no logits were built.
+    """
 
     loss: Tensor
     task: Tensor
@@ -55,6 +59,52 @@ def objective(
     return Objective(task + consistency.weight * term, task, term, outputs)
 
 
+def token_objective(
+    model: nn.Module,
+    vocabulary: Vocabulary,
+    batch: Mapping[str, Any],
+    consistency: Consistency | None,
+    smoothing: float = 0.0,
+) -> Objective:
+    """As `objective`, for a decoder: means over the tokens that are labels, the head applied to blocks of them.
+
+    batch: with `labels` [B,L], its own input one place later. smoothing: of the labels, epsilon of the cross-entropy. In
+    float32, and neither pass's logits are ever there in full.
+    """
+    inputs, labels = {key: value for key, value in batch.items() if key != "labels"}, batch["labels"]
+    if consistency is not None and not consistency.weight:
+        consistency = None
+    both = consistency is not None and consistency.gradient == "both"
+    clean = consistency is not None and consistency.kind == "js"
+    passes = []
+    if consistency is not None:
+        with torch.set_grad_enabled(both), evaluating(model) if clean else nullcontext():
+            passes.append(vocabulary.run(model, inputs, labels).states)
+    states, targets, _ = vocabulary.run(model, inputs, labels)
+    parts = states.new_zeros(2, dtype=torch.float32)
+
+    def term(block: Tensor, *rest: Any) -> Tensor:
+        nonlocal parts
+        others, place = rest[:-1], rest[-1]
+        views = [vocabulary.logits(each).float() for each in (block, *others)]
+        learned = views if both and not clean else views[:1]
+        losses = [cross_entropy(view, targets[place], reduction="sum", label_smoothing=smoothing) for view in learned]
+        task = torch.stack(losses).mean()
+        if consistency is None:
+            parts = parts + torch.stack([task.detach(), task.new_zeros(())])
+            return task
+        apart = LOSSES[consistency.kind](views[0], views[1]) * len(block)
+        parts = parts + torch.stack([task.detach(), apart.detach()])
+        return task + consistency.weight * apart
+
+    total = SummedInBlocks.apply(term, list(vocabulary.blocks(len(targets))), states, *passes)
+    assert isinstance(total, Tensor)
+    task, apart = parts / len(targets) if len(targets) else parts + torch.nan  # nothing to learn is no loss of 0
+    return Objective(
+        total / len(targets) if len(targets) else total + torch.nan, task, apart if consistency else None, None
+    )
+
+
 def distance(kind: str, logits: Tensor, other: Tensor, labels: Tensor | None, shift: bool = True) -> Tensor:
     """How far two views are apart. logits [B, C]: an example a row; [B, L, V]: a row for each token that is a label.
 
@@ -80,6 +130,18 @@ def shifts(model: nn.Module) -> bool:
     return not inner.config.is_encoder_decoder and inner.loss_type not in ("ForTokenClassification", "ForMaskedLM")
 
 
+def learns_tokens(model: nn.Module) -> bool:
+    """Whether a model is a decoder with transformers' own loss on its next token, and nothing else, which hkft may compute."""
+    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if inner is None or inner.config.is_encoder_decoder or inner.loss_type not in (None, "ForCausalLM"):
+        return False
+    if inner.get_output_embeddings() is None:
+        return False
+    adapter = getattr(model, "active_peft_config", None)
+    soft_prompt = adapter is not None and adapter.is_prompt_learning
+    return not soft_prompt and not getattr(inner.config.get_text_config(), "output_router_logits", False)
+
+
 def consistency_loss(model: nn.Module, batch: Mapping[str, Any], method: str | Method | None = None) -> Tensor:
     """Task loss + weight x consistency of one batch, for a training loop of your own. Differentiable scalar.
 
@@ -96,8 +158,11 @@ def consistency_loss(model: nn.Module, batch: Mapping[str, Any], method: str | M
         outputs = model(**batch)
         return outputs["loss"], outputs
 
-    active = attachment.method.active
-    return objective(model, forward, chosen.consistency if active else None, batch.get("labels")).loss
+    consistency = chosen.consistency if attachment.method.active else None
+    labels = batch.get("labels")
+    if labels is not None and labels.ndim == 2 and learns_tokens(model):
+        return token_objective(model, Vocabulary(model), batch, consistency).loss
+    return objective(model, forward, consistency, labels).loss
 
 
 def logits_of(outputs: Any) -> Tensor:

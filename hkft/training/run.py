@@ -293,7 +293,7 @@ def _watcher(
         at=looks.steps(total, per_epoch, recipe.diagnostics.evals_per_epoch),
         criterion=recipe.diagnostics.metric or "loss",
         patience=recipe.diagnostics.patience,
-        counters=lambda: (trainer.samples_seen, int(trainer.tokens_seen)),
+        counters=lambda: (int(trainer.samples_seen), int(trainer.tokens_seen)),
     )
 
 

@@ -14,8 +14,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hkft.dropout.attach import attach
 from hkft.dropout.method import Method
-from hkft.errors import DivergedError
-from hkft.training.objective import IGNORED, objective
+from hkft.errors import DataError, DivergedError
+from hkft.model.vocabulary import Vocabulary
+from hkft.training.objective import IGNORED, Objective, learns_tokens, objective, token_objective
 
 
 class ReplayedSampler(LengthGroupedSampler):
@@ -43,7 +44,9 @@ class Trainer(TransformersTrainer):
     dropout_rate: for every site that names none.
 
     Logs beside Trainer's `loss` (which is the objective) `task_loss` and, with a consistency loss, `consistency`: means
-    over the micro-batches since the last log, in train mode. A loss that is not finite ends training with DivergedError.
+    over the rows (in a decoder, the learned tokens) since the last log, in train mode. A loss that is not finite ends
+    training with DivergedError; a batch without a label, with DataError. A decoder's loss on its next token is computed
+    by hkft, with label smoothing as `args` has it, and without [B,L,V] logits; `compute_loss_func` is left its own way.
     """
 
     def __init__(self, *args: Any, dropout: str | Method = "none", dropout_rate: float | None = None, **kwargs: Any):
@@ -57,8 +60,9 @@ class Trainer(TransformersTrainer):
                 "every dropout rate is 0: two passes would be equal, so the consistency loss is left out", stacklevel=2
             )
         self.tokens_seen: Tensor | int = 0
-        self.samples_seen = 0
-        self._parts: list[tuple[Tensor, Tensor | None]] = []
+        self.samples_seen: Tensor | int = 0
+        self._parts: list[tuple[Tensor, Tensor, Tensor | None]] = []  # items, task loss, consistency
+        self._vocabulary: Vocabulary | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
@@ -85,22 +89,45 @@ class Trainer(TransformersTrainer):
         scaled = model.training and labels is not None and num_items_in_batch is not None
         self.loss_is_scaled_for_ga = scaled
         share = self._share(labels, num_items_in_batch) if scaled else 1.0
+        consistency = self.consistency if model.training else None
 
         def forward() -> tuple[Tensor, Any]:
             found = super(Trainer, self).compute_loss(model, dict(inputs), True)
             assert isinstance(found, tuple)
             return found
 
-        result = objective(model, forward, self.consistency if model.training else None, labels)
+        if not return_outputs and self._on_tokens(model, labels):
+            result = self._tokens(model, inputs)
+        else:
+            result = objective(model, forward, consistency, labels)
         if model.training:
             self._count(inputs, result.task, result.consistency)
         loss = result.loss * share
         return (loss, result.outputs) if return_outputs else loss
 
+    def _on_tokens(self, model: nn.Module, labels: Tensor | None) -> bool:
+        """Whether this is a training pass of a decoder on its next token."""
+        plain = model.training and self.compute_loss_func is None
+        return plain and labels is not None and labels.ndim == 2 and learns_tokens(model)
+
+    def _tokens(self, model: nn.Module, inputs: dict[str, Any]) -> Objective:
+        if self._vocabulary is None:
+            whole = self.is_fsdp_enabled or self.is_deepspeed_enabled or bool(self.args.torch_compile)
+            self._vocabulary = Vocabulary(self.accelerator.unwrap_model(model), whole)
+        with self.accelerator.autocast():
+            smoothing = self.args.label_smoothing_factor
+            return token_objective(model, self._vocabulary, inputs, self.consistency, smoothing)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's step; a loss that is NaN or inf stops here, before the optimizer has moved anything."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss).all():
+            labels = args[1].get("labels")
+            if labels is not None and not (labels != IGNORED).any():
+                raise DataError(
+                    f"the batch of step {self.state.global_step + 1} has no label to learn",
+                    hint="leave out rows whose labels are all -100: Trainer would report a loss of 0 for them",
+                )
             raise DivergedError(
                 f"the training loss is {loss.item()} at step {self.state.global_step + 1}",
                 hint="lower train.learning_rate, or set train.warmup_steps or train.max_grad_norm",
@@ -109,22 +136,32 @@ class Trainer(TransformersTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._parts:
-            logs["task_loss"] = float(torch.stack([task for task, _ in self._parts]).mean())
-            terms = [term for _, term in self._parts if term is not None]
+            items = torch.stack([count for count, _, _ in self._parts])
+            weights = items / items.sum()
+            logs["task_loss"] = float(torch.stack([task for _, task, _ in self._parts]) @ weights)
+            terms = [term for _, _, term in self._parts if term is not None]
             if terms:
-                logs["consistency"] = float(torch.stack(terms).mean())
+                logs["consistency"] = float(torch.stack(terms) @ weights)
             self._parts.clear()
         super().log(logs, start_time)
 
     def _share(self, labels: Tensor | None, num_items: Tensor | int | None) -> Tensor:
         """The part of the accumulated batch's items that this micro-batch holds."""
         assert labels is not None and num_items is not None
-        mine = labels[..., 1:] if self._loss_shifts_labels else labels
-        share = (mine != IGNORED).sum() / num_items
+        share = self._items(labels) / num_items
         return share * self.args.world_size if self.args.average_tokens_across_devices else share
 
+    def _items(self, labels: Tensor) -> Tensor:
+        """Labels that are learned: rows, or the tokens that a decoder predicts."""
+        return ((labels[..., 1:] if self._loss_shifts_labels else labels) != IGNORED).sum()
+
     def _count(self, inputs: dict[str, Any], task: Tensor, consistency: Tensor | None) -> None:
-        mask = inputs.get("attention_mask")
-        self.tokens_seen = self.tokens_seen + (inputs["input_ids"].numel() if mask is None else mask.sum())
-        self.samples_seen += len(inputs["input_ids"])
-        self._parts.append((task.detach().float(), None if consistency is None else consistency.detach().float()))
+        mask, places, labels = (inputs.get(key) for key in ("attention_mask", "position_ids", "labels"))
+        tokens = inputs["input_ids"]
+        flat = mask is None and places is not None and len(tokens) == 1  # rows end to end, each from place 0
+        self.tokens_seen = self.tokens_seen + (tokens.numel() if mask is None else mask.sum())
+        self.samples_seen = self.samples_seen + (len(tokens) if not flat else (places == 0).sum())
+        items = task.new_ones((), dtype=torch.float32) if labels is None else self._items(labels).float()
+        self._parts.append(
+            (items, task.detach().float(), None if consistency is None else consistency.detach().float())
+        )
