@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-LOWER_IS_BETTER = frozenset({"loss", "mse", "rmse", "mae", "perplexity", "calibration_error", "brier"})
-MAIN_METRICS = {"classification": "accuracy", "regression": "pearson"}
+LOWER_IS_BETTER = frozenset({"loss", "mse", "rmse", "mae", "perplexity", "calibration_error", "brier", "ter"})
+MAIN_METRICS = {"classification": "accuracy", "regression": "pearson", "generation": "token_accuracy"}
 
 
 def gap(train_probe: Mapping[str, float | None], validation: Mapping[str, float | None]) -> dict[str, float]:
@@ -26,5 +26,5 @@ def _number(value: float | None) -> float:
 
 
 def main_metric(task: str) -> str:
-    """The one metric a task is told by: accuracy of a classification, Pearson's r of a regression."""
+    """The one metric a task is told by: accuracy of a classification, Pearson's r of a regression, token accuracy."""
     return MAIN_METRICS[task]

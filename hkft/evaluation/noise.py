@@ -43,6 +43,8 @@ def measure(
         examples = tokenise.tokenise(drawn.train, tokenizer, read.data.max_length, tell, name="train")
         tell(Stage(f"loading {read.model.name}"))
         model = build.with_lora(build.base(read, drawn.labels, build.padding_id(tokenizer)), read)
-    batch = tokenise.collator(tokenizer)([examples[n] for n in range(min(rows, len(examples)))])
+    batch = tokenise.collator(tokenizer, build.padding_side(model))(
+        [examples[n] for n in range(min(rows, len(examples)))]
+    )
     tell(Stage("measuring gradients"))
     return gradient_noise(model, batch.to(model.device), methods, rate=rate, draws=draws)

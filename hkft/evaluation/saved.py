@@ -15,6 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hkft.data import splits, tokenise
 from hkft.data.rows import rows as read_rows
 from hkft.errors import SetupError, UsageError
+from hkft.evaluation import completions
+from hkft.evaluation.completions import Completions
+from hkft.evaluation.generate import write
 from hkft.evaluation.predict import Predictions, predict
 from hkft.events import Listener, Notice, Stage, silent
 from hkft.folder import RunFolder, read_json, write_jsonl
@@ -108,20 +111,34 @@ def examples_of(saved: Saved, split: str, tell: Listener = silent) -> Any:
     return tokenise.tokenise(chosen, saved.tokenizer, recipe.data.max_length, tell, name=split)
 
 
-def evaluate(saved: Saved, split: str = "validation", tell: Listener = silent) -> Predictions:
-    """Predictions on a split, computed as training computes them at every look, so the numbers are the same."""
-    return predict(
+def evaluate(saved: Saved, split: str = "validation", tell: Listener = silent) -> Predictions | Completions:
+    """Predictions on a split, computed as training computes them at every look, so the numbers are the same.
+
+    Of a decoder also the text it writes, and the scores of `generation.metrics`, unless that is empty.
+    """
+    recipe, examples = saved.recipe, examples_of(saved, split, tell)
+    collate = tokenise.collator(saved.tokenizer, build.padding_side(saved.model))
+    size, text = recipe.train["per_device_eval_batch_size"], f"evaluating {split}"
+    if recipe.task != "generation":
+        return predict(saved.model, examples, collate, task=recipe.task, batch_size=size, tell=tell, text=text)
+    seen = completions.look(saved.model, examples, collate, batch_size=size, tell=tell, text=text)
+    if not recipe.generation.metrics:
+        return seen
+    written = write(
         saved.model,
-        examples_of(saved, split, tell),
-        tokenise.collator(saved.tokenizer),
-        task=saved.recipe.task,
-        batch_size=saved.recipe.train["per_device_eval_batch_size"],
+        saved.tokenizer,
+        examples,
+        recipe.generation,
+        seed=recipe.seed,
         tell=tell,
-        text=f"evaluating {split}",
+        text=f"writing for {split}",
     )
+    if written.signature:
+        tell(Notice(f"BLEU is sacrebleu's {written.signature}"))
+    return seen.with_text(written)
 
 
-def keep(saved: Saved, split: str, predictions: Predictions) -> str | None:
+def keep(saved: Saved, split: str, predictions: Predictions | Completions) -> str | None:
     """Write a run's predictions on its test set, or on another file, into its folder; None where nothing is written.
 
     Those of the probe and of validation are training's own, of its best step, and stay.
@@ -160,7 +177,7 @@ def _resolved(folder: RunFolder | None) -> Path:
 
 
 def _labels(folder: RunFolder | None, recipe: Recipe, tell: Listener) -> tuple[str, ...] | None:
-    if recipe.task == "regression":
+    if recipe.task != "classification":
         return None
     if folder is not None:
         return tuple(read_json(folder.splits)["labels"])

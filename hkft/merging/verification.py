@@ -14,7 +14,7 @@ says how much that is on the same rows, and so what the check could have told.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from hkft.evaluation.predict import Predictions, predict
 from hkft.evaluation.saved import Saved, examples_of
 from hkft.events import Listener, Notice, Stage
 from hkft.merging.loading import Adapted
+from hkft.model import build
 
 ROWS = 64
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
@@ -69,7 +70,7 @@ def probe(adapted: Adapted, tell: Listener) -> Probe:
     """Up to 64 rows of the validation set, evenly spread; fixed sentences and random tokens where there is none."""
     if adapted.saved is not None:
         try:
-            return _of_data(adapted.saved, tell)
+            return _of_data(adapted, adapted.saved, tell)
         except HkftError as error:
             reason = str(error).splitlines()[0]
             tell(Notice(f"no validation rows to verify with ({reason}): fixed sentences are used", "warning"))
@@ -112,10 +113,14 @@ def compare(before: Predictions, after: Predictions, dtype: str, on: str, effect
     }
 
 
-def _of_data(saved: Saved, tell: Listener) -> Probe:
+def _of_data(adapted: Adapted, saved: Saved, tell: Listener) -> Probe:
     every = examples_of(saved, "validation", tell)
     chosen = np.unique(np.linspace(0, len(every) - 1, min(ROWS, len(every))).round().astype(int))
-    examples, collate = every.select(chosen), tokenise.collator(saved.tokenizer)
+    examples = every.select(chosen)
+    if saved.recipe.task == "generation":
+        rows = [{"input_ids": row["input_ids"][: row["prompt_length"]]} for row in examples]
+        return _of_rows(adapted, rows, "validation prompts", tell)
+    collate = tokenise.collator(saved.tokenizer, build.padding_side(saved.model))
     task, size = saved.recipe.task, saved.recipe.train["per_device_eval_batch_size"]
 
     def run(model: nn.Module) -> Predictions:
@@ -125,11 +130,14 @@ def _of_data(saved: Saved, tell: Listener) -> Probe:
 
 
 def _of_sentences(adapted: Adapted, tell: Listener) -> Probe:
+    return _of_rows(adapted, _rows(adapted), "fixed sentences", tell)
+
+
+def _of_rows(adapted: Adapted, rows: Sequence[Mapping[str, list[int]]], on: str, tell: Listener) -> Probe:
     config, kind = adapted.model.config, adapted.task_type
     chooses = kind != "SEQ_CLS" or (
         config.num_labels > 1 and config.problem_type not in ("regression", "multi_label_classification")
     )
-    rows = _rows(adapted)
 
     def run(model: nn.Module) -> Predictions:
         """One row at a time, since not every model has a padding token."""
@@ -146,7 +154,7 @@ def _of_sentences(adapted: Adapted, tell: Listener) -> Probe:
             "classification" if chooses else "regression", list(range(len(together))), together, None, None
         )
 
-    return Probe("fixed sentences", run)
+    return Probe(on, run)
 
 
 def _decisive(logits: torch.Tensor, kind: str) -> torch.Tensor:

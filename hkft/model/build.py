@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from hkft.data.sources import package_path
-from hkft.errors import RecipeError, SetupError, nearest
+from hkft.dropout import families
+from hkft.errors import MethodError, RecipeError, SetupError, nearest
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -78,6 +79,8 @@ def base(recipe: Recipe, labels: Sequence[str] | None, pad_token_id: int | None 
         )
     except (OSError, ValueError, KeyError) as error:
         raise _missing(recipe.model.name, error) from error
+    if recipe.task == "generation" and is_decoder(model) is False:
+        raise _no_decoder(recipe, config)
     if not quantised:
         return model.to(place)
     for module in model.modules():
@@ -96,12 +99,7 @@ def configuration(recipe: Recipe, labels: Sequence[str] | None, pad_token_id: in
         config.pad_token_id = pad_token_id
     if recipe.task == "generation":
         if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
-            raise SetupError(
-                f"{config.model_type} is no causal language model",
-                where="model.name",
-                found=recipe.model.name,
-                allowed="a decoder, such as GPT-2, Llama or Qwen, for task generation",
-            )
+            raise _no_decoder(recipe, config)
         return config
     head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     if labels is not None:
@@ -123,7 +121,8 @@ def weights_dtype(wanted: str, config: PreTrainedConfig, place: torch.device) ->
     """
     if wanted != "auto":
         return getattr(torch, wanted)
-    own = config.get_text_config().dtype or config.dtype or torch.float32
+    named = config.get_text_config().dtype or config.dtype or torch.float32
+    own = named if isinstance(named, torch.dtype) else getattr(torch, named)
     if place.type == "cpu":
         return torch.float32
     if own == torch.float16 and (place.type != "cuda" or torch.cuda.is_bf16_supported()):
@@ -131,18 +130,20 @@ def weights_dtype(wanted: str, config: PreTrainedConfig, place: torch.device) ->
     return own
 
 
+def is_decoder(model: nn.Module) -> bool | None:
+    """Whether every layer's attention looks back only; None where that cannot be told."""
+    try:
+        return all(layer.causal for layer in families.find(model).layers)
+    except MethodError:  # a model that takes no method, trained without one
+        return None
+
+
 def padding_side(model: nn.Module) -> str | None:
     """Where a batch for `model` is padded: decoders on the right, whatever the tokenizer says; None: the tokenizer's side.
 
     A decoder counts positions from the left, so padding there would move the text. Only generating needs it.
     """
-    from hkft.dropout import families
-    from hkft.errors import MethodError
-
-    try:
-        return "right" if all(layer.causal for layer in families.find(model).layers) else None
-    except MethodError:  # a model that takes no method, trained without one
-        return None
+    return "right" if is_decoder(model) else None
 
 
 def set_native_dropout(config: PreTrainedConfig, rate: float | str) -> None:
@@ -183,9 +184,7 @@ def with_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
 
 def linear_names(model: nn.Module) -> list[str]:
     """Last names of the model's linear layers, what `target_modules` may name."""
-    from hkft.dropout.families import linear_sizes
-
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if linear_sizes(module)}
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if families.linear_sizes(module)}
     return sorted(names - {""})
 
 
@@ -234,6 +233,15 @@ def _quantisation(recipe: Recipe, place: torch.device, config: PreTrainedConfig,
         raise SetupError(
             f"{kind} needs bitsandbytes", where="model.quantization", hint="pip install bitsandbytes"
         ) from error
+
+
+def _no_decoder(recipe: Recipe, config: PreTrainedConfig) -> SetupError:
+    return SetupError(
+        f"{config.model_type} is no causal language model",
+        where="model.name",
+        found=recipe.model.name,
+        allowed="a decoder, such as GPT-2, Llama or Qwen, for task generation",
+    )
 
 
 def _missing(name: str, error: Exception) -> SetupError:

@@ -41,9 +41,11 @@ class Vocabulary:
     def __init__(self, model: nn.Module, whole: bool = False) -> None:
         """whole: the model is to apply its head itself, whatever it is like."""
         self.model = inner_model(model)
-        self.head = self.model.get_output_embeddings()
+        head = self.model.get_output_embeddings()
+        assert isinstance(head, nn.Module), "a model that generates"
+        self.head = head
         self.keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        self.plain = not whole and self.head is not None and self._is_plain()
+        self.plain = not whole and self._is_plain()
 
     @property
     def size(self) -> int:

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hkft.diagnostics.gap import LOWER_IS_BETTER, gap
 from hkft.errors import DivergedError
+from hkft.evaluation.completions import Completions
 from hkft.evaluation.predict import Predictions
 from hkft.events import Evaluated, Listener, TrainStep
 
@@ -47,8 +48,8 @@ class Clock:
 class Looks(TrainerCallback):
     """look(split) -> Predictions, in eval mode; keep(predictions) saves the adapter as the best so far."""
 
-    look: Callable[[str], Predictions]
-    keep: Callable[[dict[str, Predictions]], None]
+    look: Callable[[str], Predictions | Completions]
+    keep: Callable[[dict[str, Predictions | Completions]], None]
     tell: Listener
     at: list[int]
     criterion: str  # "loss" or a metric of the validation set

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hkft.dropout.attach import attach
 from hkft.events import Listener, Stage
@@ -66,8 +65,7 @@ def plan(recipe: Recipe, tell: Listener) -> dict[str, Any]:
 
 def sized(recipe: Recipe, labels: tuple[str, ...] | None) -> Any:
     """The LoRA model of a recipe on torch's meta device: its shape, without its numbers."""
-    config = AutoConfig.from_pretrained(build.location(recipe.model.name), revision=recipe.model.revision)
-    config.num_labels = len(labels) if labels else 1
+    config = build.configuration(recipe, labels)
     with torch.device("meta"):
-        base = AutoModelForSequenceClassification.from_config(config)
+        base = build.auto_class(recipe.task).from_config(config)
     return build.with_lora(base, recipe.replace("model.quantization=none"))

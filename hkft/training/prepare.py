@@ -45,9 +45,7 @@ def prepare(recipe: Recipe, tell: Listener) -> Material:
     tokenizer = build.tokenizer(recipe)
     encode = partial(tokenise.tokenise, tokenizer=tokenizer, max_length=recipe.data.max_length, tell=tell)
     examples = {"train": encode(rows.train, name="train"), "validation": encode(rows.validation, name="validation")}
-    chosen = probe.probe_indices(
-        rows.train["label"], rows.validation["label"], recipe.diagnostics.probe_size, recipe.seed, recipe.task
-    )
+    chosen = _probe(recipe, rows, examples)
     if not chosen:
         raise DataError(
             "no training row has a label like those of validation, so the gap cannot be measured like for like",
@@ -59,11 +57,20 @@ def prepare(recipe: Recipe, tell: Listener) -> Material:
         tell(
             Notice(f"only {len(rows.validation)} validation rows: what is measured on them is mostly noise", "warning")
         )
-    if len(chosen) < wanted:
+    if len(chosen) < wanted and recipe.task != "generation":
         tell(
             Notice(f"the training rows allow a probe of {len(chosen):,} rows with validation's labels, not {wanted:,}")
         )
     return Material(examples, rows.labels, rows.fingerprints, rows.duplicates, tokenizer)
+
+
+def _probe(recipe: Recipe, rows: splits.Splits, examples: dict[str, datasets.Dataset]) -> list[int]:
+    size, seed = recipe.diagnostics.probe_size, recipe.seed
+    if recipe.task == "generation":
+        train, validation = (splits.numbered(splits.keys(examples[name])) for name in ("train", "validation"))
+        return probe.probe_of_prompts(train, validation, size, seed)
+    assert rows.train is not None and rows.validation is not None
+    return probe.probe_indices(rows.train["label"], rows.validation["label"], size, seed, recipe.task)
 
 
 def arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
@@ -100,8 +107,7 @@ def check_criterion(recipe: Recipe, material: Material) -> None:
     criterion = recipe.diagnostics.metric
     if criterion is None or criterion == "loss":
         return
-    logits = torch.eye(max(2, len(material.labels or ()))).numpy() if material.labels else torch.ones(2, 1).numpy()
-    known = ["loss", *score(recipe.task, logits, logits.argmax(1))]
+    known = ["loss", *_metrics(recipe, material)]
     if criterion not in known:
         raise RecipeError(
             f"{recipe.task} has no metric {criterion!r}",
@@ -109,3 +115,11 @@ def check_criterion(recipe: Recipe, material: Material) -> None:
             allowed=", ".join(known),
             hint=nearest(criterion, known),
         )
+
+
+def _metrics(recipe: Recipe, material: Material) -> list[str]:
+    """Names of what a look will tell beside the loss."""
+    if recipe.task == "generation":
+        return ["perplexity", "token_accuracy", *(recipe.generation.metrics if recipe.diagnostics.generate else ())]
+    logits = torch.eye(max(2, len(material.labels or ()))).numpy() if material.labels else torch.ones(2, 1).numpy()
+    return list(score(recipe.task, logits, logits.argmax(1)))

@@ -17,6 +17,9 @@ from hkft.data import tokenise
 from hkft.dropout.method import Method
 from hkft.dropout.selfcheck import self_check
 from hkft.errors import HkftError, OutOfMemoryError, RecipeError, SetupError, UsageError
+from hkft.evaluation import completions
+from hkft.evaluation.completions import Completions
+from hkft.evaluation.generate import write
 from hkft.evaluation.predict import Predictions, predict
 from hkft.events import Evaluated, Event, Finished, Listener, Notice, Stage, silent
 from hkft.folder import (
@@ -188,7 +191,7 @@ def _self_check(begun: Begun) -> dict[str, Any]:
         begun.tell(Notice("no self-check of the method: the model is spread over several devices"))
         return {}
     begun.tell(Stage("checking the method"))
-    model, collate = _adapted(trainer), tokenise.collator(begun.material.tokenizer)
+    model, collate = _adapted(trainer), trainer.data_collator
     count = min(CHECKED, trainer.args.per_device_train_batch_size, len(rows))
     batch = trainer._prepare_inputs(collate([rows[n] for n in range(count)]))
 
@@ -218,7 +221,9 @@ def _trainer(recipe: Recipe, material: Material, model: PeftModel, folder: RunFo
                 model=model,
                 args=settings,
                 train_dataset=material.examples["train"],
-                data_collator=tokenise.collator(material.tokenizer),
+                data_collator=tokenise.collator(
+                    material.tokenizer, build.padding_side(model), recipe.data.padding_free
+                ),
                 processing_class=material.tokenizer,
                 dropout=_method(recipe, tell),
             )
@@ -264,22 +269,22 @@ def _watcher(
 ) -> looks.Looks:
     settings, model = trainer.args, _adapted(trainer)
     precision = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
-    collate = tokenise.collator(material.tokenizer)
+    collate = tokenise.collator(material.tokenizer, build.padding_side(model))
 
-    def look(split: str) -> Predictions:
-        text = {"train_probe": "looking at the probe", "validation": "looking at validation"}[split]
-        return predict(
-            model,
-            material.examples[split],
-            collate,
-            task=recipe.task,
-            batch_size=settings.per_device_eval_batch_size,
-            precision=precision,
-            tell=tell,
-            text=text,
-        )
+    def look(split: str) -> Predictions | Completions:
+        name = {"train_probe": "the probe", "validation": "validation"}[split]
+        examples, size = material.examples[split], settings.per_device_eval_batch_size
+        told: dict[str, Any] = {"precision": precision, "tell": tell}
+        if recipe.task != "generation":
+            text = f"looking at {name}"
+            return predict(model, examples, collate, task=recipe.task, batch_size=size, text=text, **told)
+        seen = completions.look(model, examples, collate, batch_size=size, text=f"looking at {name}", **told)
+        if not recipe.diagnostics.generate:
+            return seen
+        asked = {"limit": recipe.diagnostics.generate, "seed": recipe.seed, "text": f"writing for {name}"}
+        return seen.with_text(write(model, material.tokenizer, examples, recipe.generation, **asked, **told))
 
-    def keep(seen: Mapping[str, Predictions]) -> None:
+    def keep(seen: Mapping[str, Predictions | Completions]) -> None:
         model.save_pretrained(str(folder.adapter))
         material.tokenizer.save_pretrained(str(folder.adapter))
         for split, predictions in seen.items():

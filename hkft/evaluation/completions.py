@@ -1,0 +1,130 @@
+"""A decoder looked at in eval mode: the loss of every completion per token, and, where it was asked for, the text it writes.
+
+Nothing of a batch's logits is kept: a loss, a count and the hits of each row are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from hkft.events import Listener, Stage, silent
+from hkft.model.vocabulary import Vocabulary
+
+Collate = Callable[[list[dict[str, Any]]], Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """Generated text: that of each prompt that was asked, its scores, and sacrebleu's signature of their BLEU."""
+
+    texts: Mapping[str, str]
+    scores: Mapping[str, float]
+    signature: str | None
+
+
+@dataclass(frozen=True)
+class Completions:
+    """What a decoder says of some rows, in the rows' order. Losses are sums over a row's learned tokens, in nats."""
+
+    ids: list[Any]
+    prompts: list[str]
+    references: list[str]
+    losses: NDArray[np.floating]  # [N]
+    tokens: NDArray[np.integer]  # [N], learned
+    hits: NDArray[np.integer]  # [N], of them the likeliest by the model
+    written: Written | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """loss: nats a token, every token weighing the same; perplexity: its exponential; token_accuracy; text scores."""
+        loss = float(self.losses.sum() / self.tokens.sum())
+        return {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "token_accuracy": float(self.hits.sum() / self.tokens.sum()),
+            **(self.written.scores if self.written else {}),
+        }
+
+    def records(self, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """One record a row, as `predictions/*.jsonl` holds them; `loss` is the row's own, per token."""
+        texts = self.written.texts if self.written else {}
+        return [
+            {
+                "id": self.ids[row],
+                "prompt": self.prompts[row],
+                "label": self.references[row],
+                "prediction": texts.get(self.prompts[row]),
+                "loss": float(self.losses[row] / self.tokens[row]),
+                "tokens": int(self.tokens[row]),
+            }
+            for row in range(len(self.ids))
+        ]
+
+    def with_text(self, written: Written) -> Completions:
+        return replace(self, written=written)
+
+
+def look(
+    model: nn.Module,
+    examples: Any,
+    collate: Collate,
+    *,
+    batch_size: int,
+    precision: torch.dtype | None = None,
+    tell: Listener = silent,
+    text: str = "evaluating",
+) -> Completions:
+    """Run a decoder in eval mode over tokenised `examples` (see `hkft.data.completions`). As `predict` does otherwise."""
+    order = np.argsort(-np.asarray(examples["length"]), kind="stable")
+    device = next(model.parameters()).device
+    autocast = torch.autocast(device.type, precision) if precision else nullcontext()
+    sums = torch.zeros(3, len(order), dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), autocast:
+            vocabulary = Vocabulary(model)
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                batch = {k: v.to(device) for k, v in collate([examples[int(n)] for n in chosen]).items()}
+                sums[:, torch.from_numpy(chosen)] = _sums(model, vocabulary, batch).cpu()
+                tell(Stage(text, min(start + batch_size, len(order)), len(order)))
+    finally:
+        model.train(was_training)
+    losses, tokens, hits = sums.numpy()
+    return Completions(
+        list(examples["id"]),
+        list(examples["prompt"]),
+        list(examples["completion"]),
+        losses,
+        tokens.astype(np.int64),
+        hits.astype(np.int64),
+    )
+
+
+def _sums(model: nn.Module, vocabulary: Vocabulary, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[3,B]: of each row the sum of its losses, its learned tokens, and those that the model finds likeliest."""
+    labels = batch.pop("labels")
+    states, targets, rows = vocabulary.run(model, batch, labels)
+    sums = torch.zeros(3, len(labels), dtype=torch.float32 if labels.device.type == "mps" else torch.float64).to(
+        rows.device
+    )
+    for block in vocabulary.blocks(len(targets)):
+        logits, target = vocabulary.logits(states[block]).float(), targets[block]
+        found = [
+            cross_entropy(logits, target, reduction="none"),
+            torch.ones_like(target),
+            logits.argmax(-1) == target,
+        ]
+        for total, numbers in zip(sums, found, strict=True):
+            total.index_add_(0, rows[block], numbers.to(total.dtype))
+    return sums
