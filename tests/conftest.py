@@ -116,3 +116,99 @@ diagnostics: {{evals_per_epoch: 2}}
         encoding="utf-8",
     )
     return path
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random four-layer Llama and a tokenizer of single bytes with a chat template, for generation."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    special = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        padding_side="left",  # as decoders' tokenizers often come
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=128,
+            max_position_embeddings=256,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            initializer_range=0.1,
+        )
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def meanings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 60 made rows, 20 different `meaning`s with three `reference`s each, and a chat of each, `messages`."""
+    import json
+
+    draw = random.Random(11)
+    lines = []
+    for name in draw.sample([f"{a}{b}" for a in "BDFGKLMN" for b in ("ani", "oro", "umi", "ela")], 20):
+        food, area = draw.choice(["fish", "rice", "soup"]), draw.choice(["east", "west"])
+        meaning = f"name: {name}, food: {food}, area: {area}"
+        for text in (
+            f"{name} has {food} in the {area}.",
+            f"In the {area}, {name} serves {food}.",
+            f"{food}? Go to {name}.",
+        ):
+            chat = [{"role": "user", "content": meaning}, {"role": "assistant", "content": text}]
+            lines.append(json.dumps({"meaning": meaning, "reference": text, "messages": chat}))
+    path = tmp_path_factory.mktemp("meanings") / "meanings.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def generation_file(tmp_path: Path, tiny_llama: Path, meanings: Path) -> Path:
+    """A recipe that trains `tiny_llama` on `meanings` in a second or two."""
+    path = tmp_path / "writing.yaml"
+    path.write_text(
+        f"""\
+# writing: a test
+model: {{name: {tiny_llama}, device: cpu}}
+task: generation
+data:
+  train: {meanings}
+  validation: 0.25
+  prompt: "{{meaning}} ->"
+  completion: " {{reference}}"
+  max_length: 96
+lora: {{r: 4, lora_alpha: 8, target_modules: [q_proj, v_proj]}}
+dropout: {{method: hiddenkey, rate: 0.1, weight: 0.5}}
+train: {{learning_rate: 1.0e-2, num_train_epochs: 1, per_device_train_batch_size: 8, logging_steps: 1}}
+generation: {{max_new_tokens: 24, metrics: [bleu, rouge_l]}}
+diagnostics: {{evals_per_epoch: 2}}
+""",
+        encoding="utf-8",
+    )
+    return path

@@ -61,7 +61,7 @@ class Completions:
             {
                 "id": self.ids[row],
                 "prompt": self.prompts[row],
-                "label": self.references[row],
+                "label": self.references[row].strip(),
                 "prediction": texts.get(self.prompts[row]),
                 "loss": float(self.losses[row] / self.tokens[row]),
                 "tokens": int(self.tokens[row]),

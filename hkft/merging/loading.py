@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
@@ -29,7 +28,7 @@ from hkft.errors import SetupError, UsageError
 from hkft.evaluation.saved import Saved, find, load_saved
 from hkft.events import Listener, Notice, Stage
 from hkft.folder import RunFolder
-from hkft.model.build import location
+from hkft.model.build import auto_class, location
 from hkft.recipe import load as load_recipe
 
 # PEFT's task types that can be merged, and the class that loads each. Its `_target_class` opens what is written
@@ -128,10 +127,11 @@ def _of_recipe(origin: Origin, tell: Listener) -> Adapted:
         overrides=(*origin.overrides, *AS_IT_CAME),
         tell=tell,
     )
+    task = saved.recipe.task
     return Adapted(
         model=saved.model,
-        task_type="SEQ_CLS",
-        opens=AutoModelForSequenceClassification,
+        task_type="CAUSAL_LM" if task == "generation" else "SEQ_CLS",
+        opens=auto_class(task),
         tokenizer=saved.tokenizer,
         dtype=_stored_dtype(origin),
         saved=saved,

@@ -76,6 +76,8 @@ def _validation(value: Any) -> Any:
 
 
 def _text_columns(value: Any) -> Any:
+    if value is None:  # where the task reads none; where it does, `recipe` asks for it
+        return None
     pair = [value] if isinstance(value, str) else value
     if (
         not isinstance(pair, list)
