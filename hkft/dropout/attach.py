@@ -102,7 +102,7 @@ class Attachment:
             if name in dropouts:
                 dropouts[name] = nn.Identity()
         for layer in self.family.layers:
-            for name in (interface.SITE, interface.GUIDE):
+            for name in (interface.SITE, interface.GUIDE, interface.FLAT):
                 layer.attention.__dict__.pop(name, None)
         delattr(self.family.model, _ATTACHMENT)
         _LIVE.discard(self)
@@ -130,7 +130,14 @@ _LIVE: weakref.WeakSet[Attachment] = weakref.WeakSet()
 _LOCK = threading.RLock()  # the registries belong to the process
 
 
-def attach(model: nn.Module, method: str | Method, rate: float | None = None, *, seed: int | None = None) -> Attachment:
+def attach(
+    model: nn.Module,
+    method: str | Method,
+    rate: float | None = None,
+    *,
+    seed: int | None = None,
+    padding_free: bool = False,
+) -> Attachment:
     """Make `model` drop as `method` says, in train mode only.
 
     model: any transformers model that takes its attention from the AttentionInterface, bare, in PEFT's wrapper (attach
@@ -138,6 +145,8 @@ def attach(model: nn.Module, method: str | Method, rate: float | None = None, *,
     method: a name of `METHODS` or a `Method`. rate: for every site without its own; 0.1 where neither says.
     seed: draw from generators of hkft's own. None, the default: from torch's default generator, which gradient
         checkpointing replays; a seed together with checkpointing is refused.
+    padding_free: batches come as rows laid end to end, [1,T], with `position_ids` that begin anew at each. Attention then
+        goes row by row, so that masks are drawn for each and nothing is spent on other rows. For decoders.
 
     As with any dropout, a pass in train mode drops whether or not gradients are on. A layer that drops gives no attention
     weights to `output_attentions`. Several processes draw different masks from one seed; nn.DataParallel is refused. A
@@ -152,6 +161,8 @@ def attach(model: nn.Module, method: str | Method, rate: float | None = None, *,
         raise MethodError(f"{type(family.model).__name__} already has a method", hint="detach() it first")
     if seed is not None:
         refuse_checkpointing(family.model)
+    if padding_free:
+        _refuse_end_to_end(family, method)
     attachment = Attachment(family, method, [])
     setattr(family.model, _ATTACHMENT, attachment)
     try:
@@ -159,7 +170,10 @@ def attach(model: nn.Module, method: str | Method, rate: float | None = None, *,
             _place(attachment, site, number, None if seed is None else seed + 1000 * number)
         if attachment.droppers:
             attachment._handles.extend(attachment.proof.watch(model))
-        if any(site.position.startswith("attention_") or site.start == "attended" for site in method.sites):
+        for layer in family.layers if padding_free else ():
+            layer.attention.__dict__[interface.FLAT] = True
+        in_attention = any(site.position.startswith("attention_") or site.start == "attended" for site in method.sites)
+        if in_attention or padding_free:
             with _LOCK:
                 attachment.backends = interface.enter(family)
                 _LIVE.add(attachment)
@@ -234,6 +248,22 @@ def _place_hidden(attachment: Attachment, layer: families.Layer, dropper: Droppe
     if dropper.site.start == "attended":
         layer.attention.__dict__[interface.GUIDE] = dropper
     attachment.droppers.append(dropper)
+
+
+def _refuse_end_to_end(family: families.Family, method: Method) -> None:
+    if not all(layer.causal for layer in family.layers):
+        raise MethodError(
+            f"{type(family.model).__name__} looks both ways: rows laid end to end are for decoders",
+            where="padding_free",
+        )
+    for site in method.sites:
+        if site.pattern == "span" and not site.position.startswith("attention_"):
+            raise MethodError(
+                "a span of tokens would run across rows laid end to end",
+                where=f"pattern of {site.position}",
+                found="span",
+                allowed="element, column, or batches with padding",
+            )
 
 
 def _refuse_span(family: families.Family, layer: families.Layer, site: Site) -> None:

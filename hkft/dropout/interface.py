@@ -12,9 +12,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import create_position_bias_mask, repeat_kv, sdpa_attention_forward
 
@@ -26,6 +29,7 @@ from hkft.dropout.protect import allowed, given_back, protect
 from hkft.errors import MethodError
 
 SITE = "_hkft_site"  # on an attention module: the Dropper of its own position
+FLAT = "_hkft_flat"  # on an attention module: batches may come as rows laid end to end, [1,T]
 GUIDE = "_hkft_guide"  # on an attention module: the Dropper whose spans begin at tokens that this attention looks at
 _BACKENDS = ("sdpa", "eager")  # what hkft can stand in for
 PREFIX = "hkft_"
@@ -146,7 +150,35 @@ def _refuse_backend(layer: Layer) -> None:
 def _attend_sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> Any:
-    return _attend(sdpa_attention_forward, module, query, key, value, attention_mask, **kwargs)
+    lengths = _row_lengths(query, key, kwargs) if FLAT in module.__dict__ else None
+    if lengths is None:
+        return _attend(sdpa_attention_forward, module, query, key, value, attention_mask, **kwargs)
+    q, k, v = (_rows(x, lengths) for x in (query, key, value))
+    out, _ = _attend(sdpa_attention_forward, module, q, k, v, None, **kwargs)
+    return torch.cat([row[:length] for row, length in zip(out, lengths, strict=True)]).unsqueeze(0), None
+
+
+def _row_lengths(query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> list[int] | None:
+    """Lengths of the rows that are laid end to end in query [1,H,T,D], told by where `position_ids` begin anew.
+
+    None where there is one row, or where a row is longer than the window that its attention looks through: the attention
+    mask, which tells rows apart too, then says what each token may see.
+    """
+    places, window = kwargs.get("position_ids"), kwargs.get("sliding_window")
+    tokens = query.shape[2]
+    if not isinstance(places, Tensor) or places.shape != (1, tokens) or key.shape[2] != tokens:
+        return None
+    lengths = getattr(places, FLAT, None)  # every layer is handed the same tensor
+    if lengths is None:
+        begins = [0, *(torch.nonzero(places[0].diff() != 1).squeeze(1) + 1).tolist(), tokens]
+        lengths = [end - begin for begin, end in pairwise(begins)]
+        setattr(places, FLAT, lengths)
+    return lengths if len(lengths) > 1 and (window is None or max(lengths) <= window) else None
+
+
+def _rows(x: Tensor, lengths: list[int]) -> Tensor:
+    """[1,H,T,D] -> [N,H,L,D], L the longest: no earlier token of a causal row looks at what pads its end."""
+    return pad_sequence(list(x[0].transpose(0, 1).split(lengths)), batch_first=True).transpose(1, 2)
 
 
 def _attend_eager(
@@ -185,6 +217,19 @@ def _attend(
     dropper, guide = (module.__dict__.get(name) for name in (SITE, GUIDE))
     if not module.training or not any(each and each.rate for each in (dropper, guide)):
         return own(module, query, key, value, attention_mask, **kwargs)
+    if (
+        dropper
+        and dropper.site.pattern == "span"
+        and FLAT in module.__dict__
+        and len(query) == 1
+        and attention_mask is not None
+    ):
+        raise MethodError(
+            "this model's attention does not tell rows laid end to end apart, and a span would run across them",
+            where=f"pattern of {dropper.site.position}",
+            found="span",
+            allowed="element, column",
+        )
     groups = query.shape[1] // key.shape[1]
     q, k, v, mask = query, repeat_kv(key, groups), repeat_kv(value, groups), attention_mask
     causal = kwargs.get("is_causal")

@@ -60,11 +60,21 @@ def given_back(drawn: Keep, keep: Keep, rescued: Tensor | None, may: Allowed | N
 
 
 def _first_key(may: Tensor | None, keys: int, device: torch.device) -> Bool[Tensor, "Bm 1 1 K"]:
-    """Where the first attended key stands. The last query sees the most, so its row tells, whatever side is padded."""
+    """Where the first attended key stands. The last query sees the most, so its row tells, whatever side is padded.
+
+    Of rows laid end to end each has a first key of its own: one that its own query sees, and the key before it not. Under a
+    sliding window the last query's first key is none of those.
+    """
     place = torch.arange(keys, device=device)
     if may is None:
         return (place == 0).view(1, 1, 1, -1)
-    return place == may[:, :1, -1:, :].to(torch.uint8).argmax(-1, keepdim=True)
+    first = place == may[:, :1, -1:, :].to(torch.uint8).argmax(-1, keepdim=True)
+    if may.shape[-2] != keys or not _varies_by_row(may):
+        return first
+    own = may[:, :1].diagonal(dim1=-2, dim2=-1)
+    before = torch.nn.functional.pad(may[:, :1].diagonal(-1, -2, -1), (1, 0))
+    begins = (own & ~before).unsqueeze(-2)
+    return first | (begins & (first & begins).any(-1, keepdim=True))
 
 
 def _varies_by_row(mask: Tensor) -> bool:

@@ -254,6 +254,11 @@ def _columns(tree: Tree) -> list[Problem]:
         for key in COLUMNS
         if key in given and key not in needed
     ]
+    if data.get("padding_free") is True and task != "generation":
+        where = str(place(tree, ("data", "padding_free"), of_key=True))
+        unused.append(
+            Problem(f"data.padding_free is not used by task {task}", where, hint="only decoders that generate")
+        )
     return missing + unused
 
 

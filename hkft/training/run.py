@@ -200,7 +200,7 @@ def _self_check(begun: Begun) -> dict[str, Any]:
             return model(**batch)
 
     with out_of_memory_explained(begun.recipe):
-        found = self_check(model, batch, forward)
+        found = self_check(model, batch, forward) | {"rows": count}
     begun.tell(
         Notice(
             f"the method was checked on {found['rows']} rows in {found['seconds']:.1f} s: every site acts, eval mode is inert, "

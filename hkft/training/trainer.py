@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+from transformers import DataCollatorWithFlattening
 from transformers import Trainer as TransformersTrainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -40,7 +41,8 @@ class ReplayedSampler(LengthGroupedSampler):
 class Trainer(TransformersTrainer):
     """Train with a dropout method. Takes what transformers.Trainer takes, and two more:
 
-    dropout: a method's name or a `Method`, attached to `model` before training (wrap it in PEFT first).
+    dropout: a method's name or a `Method`, attached to `model` before training (wrap it in PEFT first). With
+        transformers' DataCollatorWithFlattening, masks are drawn for each of the rows it lays end to end.
     dropout_rate: for every site that names none.
 
     Logs beside Trainer's `loss` (which is the objective) `task_loss` and, with a consistency loss, `consistency`: means
@@ -52,7 +54,8 @@ class Trainer(TransformersTrainer):
     def __init__(self, *args: Any, dropout: str | Method = "none", dropout_rate: float | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         assert self.model is not None
-        self.attachment = attach(self.model, dropout, dropout_rate)
+        end_to_end = isinstance(self.data_collator, DataCollatorWithFlattening)
+        self.attachment = attach(self.model, dropout, dropout_rate, padding_free=end_to_end)
         method = self.attachment.method
         self.consistency = method.consistency if method.passes == 2 else None
         if method.consistency and method.consistency.weight and not method.active:
