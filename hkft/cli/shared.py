@@ -8,13 +8,15 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Annotated, Any, ParamSpec
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TextIO
 
 import typer
 
-from hkft.errors import INTERRUPTED, HkftError, SetupError
+from hkft.errors import INTERRUPTED, HkftError, SetupError, UsageError
 from hkft.events import Listener, Stage
 
 Recipe = Annotated[
@@ -83,6 +85,36 @@ def quiet(tell: Listener) -> None:
     hub_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+@contextmanager
+def lines_in(path: str) -> Iterator[Iterable[str]]:
+    """The lines of a file, or of stdin for "-"."""
+    if path == "-":
+        yield sys.stdin
+        return
+    if not Path(path).is_file():
+        raise UsageError("there is no such file", where=path, allowed="a file of JSON lines, or - for stdin")
+    with Path(path).open(encoding="utf-8") as file:
+        yield file
+
+
+@contextmanager
+def lines_out(path: str) -> Iterator[Callable[[Mapping[str, Any]], int]]:
+    """Writes a record as a line of JSON, to a file, or to stdout for "-", and gives back 1, so that a sum counts them."""
+    from hkft.folder import jsonable
+
+    def write(record: Mapping[str, Any], file: TextIO) -> int:
+        file.write(jsonlib.dumps(jsonable(record), ensure_ascii=False) + "\n")
+        file.flush()  # whoever reads at the other end need not wait
+        return 1
+
+    if path == "-":
+        yield functools.partial(write, file=sys.stdout)
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with Path(path).open("w", encoding="utf-8") as file:
+        yield functools.partial(write, file=file)
 
 
 def show_json(document: Any) -> None:

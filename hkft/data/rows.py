@@ -92,28 +92,46 @@ def canonical(
     """As `rows`; where `labels` is None in classification, the classes are those found here."""
     data = recipe.data
     source = read(reference, tell)
-    needed = _needed(recipe, labelled)
+    needed = columns_read(recipe, labelled)
     check_columns(source, dict.fromkeys(data.filter or {}, "data.filter") | needed, reference)
     ids = _filtered(source, data.filter or {}, reference)
     chosen = source if len(ids) == len(source) else source.select(ids)
     names = tuple(labels) if labels is not None else None
+    return _canonical(chosen, ids, recipe, names, reference, tell, labelled)
+
+
+def canonical_of(source: datasets.Dataset, recipe: DataRecipe, reference: str, tell: Listener) -> datasets.Dataset:
+    """As `rows` without labels, of rows at hand, without the recipe's filter; none may be left."""
+    return _canonical(source, list(range(len(source))), recipe, None, reference, tell, False).rows
+
+
+def _canonical(
+    chosen: datasets.Dataset,
+    ids: list[int],
+    recipe: DataRecipe,
+    names: tuple[str, ...] | None,
+    reference: str,
+    tell: Listener,
+    labelled: bool,
+) -> Rows:
+    data = recipe.data
     columns: dict[str, list[Any]] = {"id": ids}
     if recipe.task == "generation":
         columns |= columns_of(chosen, data, labelled, reference, ids)
-        return Rows(_complete(columns, recipe.task, reference, tell), None)
+        return Rows(_complete(columns, recipe.task, reference, tell, labelled), None)
     for name, column in zip(("text", "text_pair"), _texts_named(data), strict=False):
         columns[name] = _texts(chosen, column, reference)
     if labelled:
         assert data.label is not None, "the recipe room lets no such recipe through"
         columns["label"], names = _labels(chosen, data.label, recipe.task, names, ids, reference, tell)
-    return Rows(_complete(columns, recipe.task, reference, tell), names)
+    return Rows(_complete(columns, recipe.task, reference, tell, labelled), names)
 
 
 def _texts_named(data: DataSection) -> list[str]:
     return [data.text] if isinstance(data.text, str) else list(data.text)
 
 
-def _needed(recipe: DataRecipe, labelled: bool) -> dict[str, str]:
+def columns_read(recipe: DataRecipe, labelled: bool = False) -> dict[str, str]:
     """The columns that the task reads, and the key that names each."""
     data = recipe.data
     if recipe.task != "generation":
@@ -212,7 +230,9 @@ def _labels(
     return values, names
 
 
-def _complete(columns: dict[str, list[Any]], task: str, reference: str, tell: Listener) -> datasets.Dataset:
+def _complete(
+    columns: dict[str, list[Any]], task: str, reference: str, tell: Listener, labelled: bool
+) -> datasets.Dataset:
     """The rows without a gap in them, the others counted aloud."""
     total = len(columns["id"])
     gaps: dict[int, str] = {}  # row -> what it lacks, the first that it does
@@ -222,9 +242,10 @@ def _complete(columns: dict[str, list[Any]], task: str, reference: str, tell: Li
     if gaps:
         reasons = Counter(gaps.values())
         counted = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items(), reverse=True))
-        if len(gaps) == total:
+        if len(gaps) == total and labelled:
             raise DataError("no row is whole", where=reference, found=f"{counted} of {total:,}")
-        tell(Notice(f"{reference}: {len(gaps):,} of {total:,} rows left out ({counted})", level="warning"))
+        told = f"{len(gaps):,} of {total:,} rows left out ({counted})" if labelled else f"{counted}: not predicted"
+        tell(Notice(f"{reference}: {told}", level="warning"))
         columns = {name: [v for row, v in enumerate(cells) if row not in gaps] for name, cells in columns.items()}
     label = datasets.Value("float64" if task == "regression" else "int64")
     kinds = {"id": datasets.Value("int64"), "label": label}

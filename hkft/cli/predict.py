@@ -1,0 +1,39 @@
+"""hkft predict"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hkft.cli.shared import Debug, Json, Set, lines_in, lines_out, quiet, reported, show_json
+
+
+@reported
+def predict(
+    source: Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="A run folder, or a PEFT adapter folder.")],
+    input: Annotated[str, typer.Option("--input", "-i", help="JSON lines, with the recipe's columns; - for stdin.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Where the lines go; - for stdout.")] = "-",
+    checkpoint: Annotated[str, typer.Option(help="best, last, or the path of an adapter.")] = "best",
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="The recipe, where there is no run.")] = None,
+    set: Set = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Use what was trained: every line in comes out with its prediction, in order and as soon as its batch is done."""
+    from hkft.errors import UsageError
+    from hkft.view.terminal import view
+
+    if json and output == "-":
+        raise UsageError(
+            "the lines and the JSON document would both be on stdout", where="--json", hint="--output FILE"
+        )
+    with lines_in(input) as lines, lines_out(output) as write, view(json=json or output == "-") as tell:
+        quiet(tell)
+        from hkft.evaluation import saved, stream
+
+        loaded = saved.load_saved(source, checkpoint=checkpoint, recipe=recipe, overrides=set or (), tell=tell)
+        where = "stdin" if input == "-" else input
+        count = sum(map(write, stream.predictions(loaded, stream.records(lines, where), where, tell)))
+    if json:
+        show_json({"source": source, "checkpoint": checkpoint, "rows": count, "output": output})
