@@ -29,6 +29,13 @@ class Notice:
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """One training example of a decoder as it is trained on: pieces of text in their order, and whether each is learned."""
+
+    pieces: Sequence[tuple[str, bool]]
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """Training is about to begin."""
 
@@ -93,12 +100,13 @@ class Finished:
     sites: Sequence[Mapping[str, Any]] = ()
 
 
-Event = Stage | Notice | Started | TrainStep | Evaluated | Finished
+Event = Stage | Notice | Sample | Started | TrainStep | Evaluated | Finished
 Listener = Callable[[Event], None]
 
 _NAMES = {
     Stage: "stage",
     Notice: "notice",
+    Sample: "sample",
     Started: "start",
     TrainStep: "train",
     Evaluated: "eval",

@@ -3,13 +3,17 @@
     prompt, completion   tokenised apart, so that training sees the very tokens that generation begins with
     messages             the tokenizer's chat template; what the assistant says is learned, in every turn
 
-The end of text is a label like any other token of the completion, whatever pads. Too long an example loses the beginning of
-its prompt, and only where the completion alone is too long the end of that.
+A completion is tokenised as it stands in the midst of a text: a tokenizer that puts a space in front of every text
+(SentencePiece) puts none in front of a completion, so the space between the two is the one that the recipe writes.
+
+The end of text is a label like any other token of the completion, whatever pads. Too long an example loses the beginning
+of its prompt, and only where the completion alone is too long the end of that.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +27,10 @@ from hkft.events import Listener, Notice, Stage
 IGNORED = -100  # a label that is not learned, as everywhere in torch and transformers
 BATCH = 1000
 MUCH = 0.05  # a larger share of cut rows is a warning
+MARK = "\ue000"  # a private sign of Unicode: no answer holds it
+LEAD = "\n"  # in front of a text that is tokenised as if in the midst of another
+
+Chat = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,21 @@ class Encoded:
         return any(label != IGNORED for label in labels[1:])
 
 
+@dataclass(frozen=True)
+class Written:
+    """A chat as its template writes it: up to the last answer, with the places of earlier ones, and that answer."""
+
+    asked: str
+    earlier: list[tuple[int, int]]
+    answer: str
+    ended: bool  # the template says where the answer ends
+
+
 class Encoder:
-    """A tokenizer's way with prompts, completions and chats. Raises SetupError for chats without a chat template."""
+    """A tokenizer's way with prompts, completions and chats.
+
+    Raises SetupError for chats where there is no chat template, or no telling which text a token stands for.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chats: bool) -> None:
         self.tokenizer = tokenizer
@@ -49,73 +70,103 @@ class Encoder:
             token if isinstance(token, int) else None for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
         )
         self.unlearned = self.parted = 0  # earlier answers that are not learned; last ones that begin elsewhere
-        if chats and not tokenizer.chat_template:
+        if chats and not (tokenizer.chat_template and tokenizer.is_fast):
             raise SetupError(
-                "the tokenizer has no chat template",
+                f"the tokenizer has no {'offsets' if tokenizer.chat_template else 'chat template'}",
                 where=tokenizer.name_or_path or None,
                 hint="take an instruct model, or data.prompt and data.completion in place of data.messages",
             )
+        one, inside, lead = self._tokens(["a", f"{LEAD}a", LEAD])
+        dressed = self._tokens(["a"], special=True)[0]
+        self.front = next((dressed[:n] for n in range(len(dressed)) if dressed[n : n + len(one)] == one), [])
+        self.lead = [] if inside[len(inside) - len(one) :] == one else lead
+        self.closing = self._closing() if tokenizer.chat_template else ""
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """With the tokens that the tokenizer puts in front of every text, and none that it puts behind."""
-        return [self._without_end(ids) for ids in self._tokens(texts, special=True)]
+        return [self.front + ids for ids in self._tokens(texts)]
 
     def pairs(self, prompts: Sequence[str], completions: Sequence[str]) -> list[Encoded]:
-        ends = [] if self.end is None else [self.end]
         return [
-            Encoded(prompt, [IGNORED] * len(prompt), self._without_end(completion) + ends)
-            for prompt, completion in zip(self.prompts(prompts), self._tokens(completions, special=False), strict=True)
+            Encoded(prompt, [IGNORED] * len(prompt), self._ended(completion))
+            for prompt, completion in zip(self.prompts(prompts), self._inside(completions), strict=True)
         ]
 
-    def chat_prompt(self, turns: Sequence[Mapping[str, Any]]) -> list[int]:
+    def chat_prompt(self, turns: Chat, where: str = "data.messages") -> list[int]:
         """The tokens that generation of the next turn begins with."""
-        return self._tokens([self._rendered(turns, answer=True)], special=False)[0]
+        return self._tokens([self._rendered(turns, True, where)])[0]
 
-    def chat(self, turns: Sequence[Mapping[str, Any]]) -> Encoded:
-        """A chat that ends with the assistant's turn.
+    def chats(self, chats: Sequence[Chat], where: Sequence[str]) -> list[Encoded]:
+        """Chats that end with the assistant's turn; `where`: what an error calls each.
 
-        Where a turn begins is told by the template itself: what it writes for the turns before, ready for an answer. A
-        template that writes an earlier answer otherwise once it is past (without its reasoning, say) leaves it unlearned.
+        The whole is tokenised at once, or the answer apart where a token would reach from the prompt into it.
         """
-        whole = self._rendered(turns, answer=False)
-        spans = [self._span(turns, n, whole) for n, turn in enumerate(turns) if turn["role"] == "assistant"]
-        self.unlearned += spans[:-1].count(None)
-        begin = spans[-1][0] if spans[-1] else self._parting(turns, whole)
-        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        ids, places = encoded["input_ids"], encoded["offset_mapping"]
-        first = next((n for n, (start, stop) in enumerate(places) if stop > begin and stop > start), len(ids))
-        learned = [any(a <= start < b for a, b in filter(None, spans[:-1])) for start, _ in places[:first]]
-        labels = [token if yes else IGNORED for token, yes in zip(ids, learned, strict=False)]
-        completion = ids[first:]
-        if self.end is not None and whole.rstrip().endswith(str(turns[-1]["content"]).rstrip()):
-            completion = [*completion, self.end]  # a template that says nothing of where an answer ends
-        return Encoded(ids[:first], labels, completion)
-
-    def _parting(self, turns: Sequence[Mapping[str, Any]], whole: str) -> int:
-        """Where the chat parts from what the template writes, ready for an answer: they should agree up to the answer."""
-        self.parted += 1
-        pairs = zip(self._rendered(turns[:-1], answer=True), whole, strict=False)
-        return next((n for n, (asked, written) in enumerate(pairs) if asked != written), len(whole))
+        written = [self._written(turns, place) for turns, place in zip(chats, where, strict=True)]
+        asked = [chat.asked for chat in written]
+        prompts = self.tokenizer(asked, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        wholes = self._tokens([chat.asked + chat.answer for chat in written])
+        found = []
+        for chat, prompt, places, whole in zip(
+            written, prompts["input_ids"], prompts["offset_mapping"], wholes, strict=True
+        ):
+            agree = whole[: len(prompt)] == prompt
+            completion = whole[len(prompt) :] if agree else self._inside([chat.answer])[0]
+            learned = [any(start < b and stop > a for a, b in chat.earlier) for start, stop in places]
+            labels = [token if yes else IGNORED for token, yes in zip(prompt, learned, strict=True)]
+            found.append(Encoded(prompt, labels, completion if chat.ended else self._ended(completion)))
+        return found
 
     def turn_end(self) -> int | None:
-        """The token that the template ends an answer with; None where that is the end of text, or nothing."""
-        if not self.tokenizer.chat_template:
+        """The token that the template ends an answer with; None where it is no token of its own, or nothing."""
+        tokens = self._tokens([self.closing.strip()])[0]
+        return tokens[0] if tokens and tokens[0] in self.tokenizer.added_tokens_decoder else None
+
+    def _written(self, turns: Chat, where: str) -> Written:
+        """Where the template does not begin the answer as it asks for one, it is learned after what it asks with."""
+        asked, whole = self._rendered(turns[:-1], True, where), self._rendered(turns, False, where).rstrip()
+        if whole.startswith(asked):
+            answer = whole[len(asked) :]
+        else:
+            self.parted += 1
+            place = _place(whole, self._rendered(_marked(turns, len(turns) - 1), False, where).rstrip())
+            if place is None:
+                found = f"{whole[-80:]!r} after {asked[-80:]!r}"
+                raise DataError("the chat template hides where the last answer begins", where=where, found=found)
+            before = whole[: place[0]]
+            space = before[len(before.rstrip()) :]
+            answer = ("" if asked.endswith(space) else space) + whole[place[0] :]
+        spans = [self._span(turns[:-1], n, asked, where) for n in _answers(turns[:-1])]
+        self.unlearned += spans.count(None)
+        ended = bool(self.closing) or not answer.endswith(turns[-1]["content"].rstrip())
+        return Written(asked, [span for span in spans if span], answer, ended)
+
+    def _span(self, turns: Chat, n: int, text: str, where: str) -> tuple[int, int] | None:
+        """Where turn n and its end stand in `text`, the chat ready for an answer; None where not all it says is there.
+
+        Most templates write a chat as the beginning of every longer one. Where one does not, an answer's place is where
+        another answer would stand.
+        """
+        begin = None
+        if n and text.startswith(before := self._rendered(turns[:n], True, where)):
+            begin, through = len(before), self._rendered(turns[: n + 1], False, where).rstrip()
+            if text.startswith(through) and through.startswith(before):
+                return begin, len(through)
+        place = _place(text, self._rendered(_marked(turns, n), True, where))
+        said = turns[n]["content"].strip()
+        if place is None or not said or text[slice(*place)].strip() != said:
             return None
-        mark = "hkft"
+        closed = len(self.closing) if text.startswith(self.closing, place[1]) else 0
+        return place[0] if begin is None else begin, place[1] + closed
+
+    def _closing(self) -> str:
+        """What the template writes after an answer, but for white space at the end."""
         try:
-            whole = self._rendered([{"role": "user", "content": mark}, {"role": "assistant", "content": mark}], False)
+            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
+            return self._rendered(turns, False, "").rpartition(MARK)[2].rstrip()
         except DataError:
-            return None
-        after = self._tokens([whole[whole.rindex(mark) + len(mark) :].strip()], special=False)[0]
-        return after[0] if after and after[0] in self.tokenizer.all_special_ids else None
+            return ""
 
-    def _span(self, turns: Sequence[Mapping[str, Any]], n: int, whole: str) -> tuple[int, int] | None:
-        if n == 0:
-            return None
-        before, through = self._rendered(turns[:n], answer=True), self._rendered(turns[: n + 1], answer=False)
-        return (len(before), len(through)) if whole.startswith(through) and through.startswith(before) else None
-
-    def _rendered(self, turns: Sequence[Mapping[str, Any]], answer: bool) -> str:
+    def _rendered(self, turns: Chat, answer: bool, where: str) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=answer
@@ -123,38 +174,63 @@ class Encoder:
         except Exception as error:  # a template is a program of somebody else's, and raises what it likes
             raise DataError(
                 "the chat template refuses a chat",
-                where="data.messages",
+                where=where,
                 found=f"{error}: {json.dumps(list(turns))[:120]}",
                 hint="templates differ in the roles they take, and in their order",
             ) from error
         assert isinstance(text, str)
         return text
 
-    def _tokens(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+    def _inside(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of texts that others stand before."""
+        alone, lead = self._tokens(texts), self.lead
+        if not lead:
+            return alone
+        led = self._tokens([LEAD + text for text in texts])
+        return [b[len(lead) :] if b[: len(lead)] == lead else a for a, b in zip(alone, led, strict=True)]
+
+    def _tokens(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         return self.tokenizer(list(texts), add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
 
-    def _without_end(self, ids: list[int]) -> list[int]:
-        return ids[:-1] if ids and ids[-1] == self.end else ids
+    def _ended(self, ids: list[int]) -> list[int]:
+        """With one end-of-sequence token at the end, where there is such a token."""
+        return ids if self.end is None or ids[-1:] == [self.end] else [*ids, self.end]
+
+
+def _answers(turns: Chat) -> list[int]:
+    return [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
+
+
+def _marked(turns: Chat, n: int) -> Chat:
+    """The chat with another answer in place of turn n."""
+    return [{**turn, "content": MARK} if place == n else turn for place, turn in enumerate(turns)]
+
+
+def _place(text: str, other: str) -> tuple[int, int] | None:
+    """Where `text` says something in place of the MARK in `other`; None where that is not all they differ in."""
+    before, mark, after = other.partition(MARK)
+    same = text.startswith(before) and text.endswith(after) and len(before) + len(after) <= len(text)
+    return (len(before), len(text) - len(after)) if mark and same else None
 
 
 def fit(example: Encoded, longest: int, start: int | None) -> tuple[Encoded, str | None]:
     """The example in at most `longest` tokens, and what was cut: "prompt", "completion" or None.
 
-    start: the token that begins every text, kept in front of a prompt that loses its beginning.
+    start: the token that begins every text, kept in front of a prompt that loses its beginning. Of a prompt one more
+    token stays, where that leaves room for one of the completion.
     """
-    over = len(example.prompt) + len(example.completion) - longest
-    if over <= 0:
+    if len(example.prompt) + len(example.completion) <= longest:
         return example, None
     head = 1 if example.prompt[:1] == [start] else 0
-    room = max(longest - len(example.completion), head + 1)
-    left = max(0, room - head)
+    least = min(len(example.prompt), head + 1, max(longest - 1, 1))
+    kept = max(longest - len(example.completion), least)
 
     def shortened(values: list[int]) -> list[int]:
-        return values[:head] + values[head:][len(values) - head - left :] if left < len(values) - head else values
+        return values[:head] + values[len(values) - kept + head :]
 
-    prompt, labels = shortened(example.prompt), shortened(example.prompt_labels)
-    completion = example.completion[: longest - len(prompt)]
-    return Encoded(prompt, labels, completion), "completion" if len(completion) < len(example.completion) else "prompt"
+    completion = example.completion[: longest - kept]
+    cut = "completion" if len(completion) < len(example.completion) else "prompt"
+    return Encoded(shortened(example.prompt), shortened(example.prompt_labels), completion), cut
 
 
 def examples_of(
@@ -167,55 +243,62 @@ def examples_of(
     is left out because nothing of it would be learned, is counted aloud under `name`.
     """
     encoder = Encoder(tokenizer, "messages" in rows.column_names)
-    cut: dict[str | None, int] = {}
+    labelled = "completion" in rows.column_names
+    cut: Counter[str | None] = Counter()
     done = 0
 
     def encode(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         nonlocal done
-        encoded = [fit(example, longest, encoder.start) for example in _encoded(encoder, batch)]
-        for _, what in encoded:
-            cut[what] = cut.get(what, 0) + 1
+        encoded = [fit(example, longest, encoder.start) for example in _encoded(encoder, batch, name)]
+        cut.update(what for _, what in encoded)
         done += len(encoded)
         tell(Stage(f"tokenising {name}", done, len(rows)))
-        return _columns([example for example, _ in encoded], batch, "completion" in batch)
+        return _columns([example for example, _ in encoded], batch, labelled)
 
     examples = rows.map(
         encode,
         batched=True,
         batch_size=BATCH,
         remove_columns=rows.column_names,
-        features=_features("completion" in rows.column_names),
+        features=_features(labelled),
         keep_in_memory=True,
         load_from_cache_file=False,
         new_fingerprint="tokenised",  # else datasets pickles the tokenizer to name a cache file that is never written
     )
-    if left_out := len(rows) - len(examples):
-        share = f"{left_out:,} of {len(rows):,} {name} rows"
-        if not len(examples):
-            raise DataError("no row has a token to learn", where="data.completion", found=share)
-        tell(Notice(f"{share} were left out: nothing in them would be learned", level="warning"))
-    for what, end in (("prompt", "beginning of their prompt"), ("completion", "end of their completion")):
-        if count := cut.get(what, 0):
-            level = "warning" if what == "completion" or count > MUCH * len(rows) else "info"
-            share = f"{count:,} of {len(rows):,} {name} rows ({count / len(rows):.1%})"
-            tell(Notice(f"{share} are longer than {longest} tokens and lost the {end}: data.max_length", level=level))
+    _tell_cut(cut, len(rows), len(examples), longest, tell, name)
     if encoder.unlearned:
         told = f"{encoder.unlearned:,} earlier answers of {name}, which the chat template writes otherwise once they are past"
-        tell(Notice(f"{told}, are not learned"))
+        tell(Notice(f"{told}, are not learned", level="warning"))
     if encoder.parted:
-        told = f"{encoder.parted:,} chats of {name} do not begin their last answer as the chat template asks for one"
-        tell(Notice(f"{told}: what is generated begins otherwise than what was learned", level="warning"))
-    if "completion" in rows.column_names and encoder.end is None:
+        told = f"in {encoder.parted:,} chats of {name} the chat template does not begin the answer as it asks for one"
+        tell(Notice(f"{told}: it is learned right after what the template asks with", level="warning"))
+    if labelled and encoder.end is None:
         tell(Notice("the tokenizer has no end-of-sequence token: no end of text can be learned", level="warning"))
     return examples
 
 
-def _encoded(encoder: Encoder, batch: Mapping[str, list[Any]]) -> list[Encoded]:
+def _tell_cut(cut: Counter[str | None], rows: int, kept: int, longest: int, tell: Listener, name: str) -> None:
+    """Say what was left out and what was cut. Raises DataError where nothing is left."""
+    if kept < rows:
+        share = f"{rows - kept:,} of {rows:,} {name} rows"
+        if not kept:
+            hint = f"data.max_length {longest} leaves no room" if cut["completion"] else None
+            raise DataError("no row has a token to learn", where=name, found=share, hint=hint)
+        tell(Notice(f"{share} were left out: nothing in them would be learned", level="warning"))
+    for what, end in (("prompt", "beginning of their prompt"), ("completion", "end of their completion")):
+        if count := cut[what]:
+            level = "warning" if what == "completion" or count > MUCH * rows else "info"
+            share = f"{count:,} of {rows:,} {name} rows ({count / rows:.1%})"
+            tell(Notice(f"{share} are longer than {longest} tokens and lost the {end}: data.max_length", level=level))
+
+
+def _encoded(encoder: Encoder, batch: Mapping[str, list[Any]], name: str) -> list[Encoded]:
     if "messages" in batch:
         chats = [json.loads(chat) for chat in batch["messages"]]
+        where = [f"data.messages, {name}, row {row} (the first is 0)" for row in batch["id"]]
         if "completion" in batch:
-            return [encoder.chat(chat) for chat in chats]
-        prompts = [encoder.chat_prompt(chat) for chat in chats]
+            return encoder.chats(chats, where)
+        prompts = [encoder.chat_prompt(chat, place) for chat, place in zip(chats, where, strict=True)]
     elif "completion" in batch:
         return encoder.pairs(batch["prompt"], batch["completion"])
     else:
@@ -224,7 +307,7 @@ def _encoded(encoder: Encoder, batch: Mapping[str, list[Any]]) -> list[Encoded]:
 
 
 def _columns(examples: Sequence[Encoded], batch: Mapping[str, list[Any]], labelled: bool) -> dict[str, list[Any]]:
-    rows = [n for n, example in enumerate(examples) if example.learned or not labelled]
+    rows = [n for n, example in enumerate(examples) if example.prompt and (example.learned or not labelled)]
     kept = [examples[n] for n in rows]
     columns = {
         "input_ids": [example.prompt + example.completion for example in kept],

@@ -7,7 +7,7 @@ A chat's prompt is all that stands before the assistant's last turn, its complet
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import datasets
@@ -79,11 +79,14 @@ def _said(content: Any) -> str | None:
     """What a turn says: a text, a number, or the texts of a list of parts; None: something else, or no Unicode."""
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+        texts = [part for part in parts if isinstance(part, str)]
+        content = "".join(texts) if len(texts) == len(parts) else None
     if isinstance(content, bool) or not isinstance(content, str | int | float):
         return None
-    text = str(content)
-    return None if any("\ud800" <= sign <= "\udfff" for sign in text) else text  # half a surrogate pair, from JSON
+    try:
+        return str(content).encode().decode()
+    except UnicodeEncodeError:  # JSON can hold half a surrogate pair
+        return None
 
 
 def _of_chats(chats: Sequence[list[Turn]], labelled: bool) -> dict[str, list[Any]]:
@@ -112,7 +115,7 @@ def _unanswered(chat: list[Turn]) -> list[Turn]:
     return _up_to(chat, lambda turn: turn["role"] != "assistant")
 
 
-def _up_to(chat: list[Turn], wanted: Any) -> list[Turn]:
+def _up_to(chat: list[Turn], wanted: Callable[[Turn], bool]) -> list[Turn]:
     return chat[: max((place for place, turn in enumerate(chat, 1) if wanted(turn)), default=0)]
 
 
@@ -129,10 +132,11 @@ def _cells(source: datasets.Dataset, column: str, reference: str, ids: Sequence[
         return [None if cell is None or cell < 0 else feature.names[cell] for cell in cells]
     for row, cell in zip(ids, cells, strict=True):
         if not _is_text(cell):
-            message, hint = f"row {row} (the first is 0) holds no text", None
-            if isinstance(cell, list):
-                hint = "a column of chats goes with data.messages"
-            raise DataError(message, where=f"{reference}: {column}", found=repr(cell)[:80], hint=hint)
+            message, where = f"row {row} (the first is 0) holds no text", f"{reference}: {column}"
+            hint = "a column of chats goes with data.messages" if isinstance(cell, list) else None
+            raise DataError(
+                message, where=where, found=repr(cell)[:80], allowed="text, a number, a list of texts", hint=hint
+            )
     return cells
 
 

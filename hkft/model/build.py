@@ -202,6 +202,27 @@ def parameters(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
 
 
+def quantised(model: nn.Module) -> dict[str, Any] | None:
+    """What of the model is quantised, and how; None where nothing is. `bytes`: of those weights, block scales apart."""
+    linear = ("Linear4bit", "Linear8bitLt")  # bitsandbytes'; PEFT's wrappers of them have the same names
+    layers = {n: m for n, m in model.named_modules() if type(m).__name__ in linear and not hasattr(m, "base_layer")}
+    if not layers:
+        return None
+    settings = next(m.config for m in model.modules() if isinstance(m, PreTrainedModel)).quantization_config
+    four = settings.load_in_4bit
+    weights = [p for m in layers.values() if isinstance(p := getattr(m, "weight", None), torch.Tensor)]
+    return {
+        "kind": "4bit" if four else "8bit",
+        "layers": len(layers),
+        "modules": sorted({name.removesuffix(".base_layer").rpartition(".")[2] for name in layers}),
+        "kept": list(settings.llm_int8_skip_modules or ()),
+        "quant_type": settings.bnb_4bit_quant_type if four else "int8",
+        "double_quantisation": bool(four and settings.bnb_4bit_use_double_quant),
+        "compute_dtype": str(settings.bnb_4bit_compute_dtype).removeprefix("torch.") if four else "int8",
+        "bytes": sum(weight.nbytes for weight in weights),
+    }
+
+
 def _quantisation(recipe: Recipe, place: torch.device, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of from_pretrained for a quantised base, whose head is trained, or is the vocabulary's, and so stays as it is.
 

@@ -12,7 +12,7 @@ from hkft.folder import RunFolder
 from hkft.model import build
 from hkft.recipe import Recipe
 from hkft.training import looks
-from hkft.training.prepare import arguments, check_criterion, prepare, step_counts
+from hkft.training.prepare import Material, arguments, check_criterion, prepare, sample, step_counts
 from hkft.training.run import default_folder
 
 BYTES = {"none": 4.0, "8bit": 1.0, "4bit": 0.55}  # a base weight; 4-bit with its block scales
@@ -44,6 +44,7 @@ def plan(recipe: Recipe, tell: Listener) -> dict[str, Any]:
         "output": str(default_folder(recipe)),
         "rows": {name: len(examples) for name, examples in material.examples.items()},
         "labels": list(material.labels) if material.labels else None,
+        "example": _example(recipe, material),
         "duplicates": material.duplicates,
         "steps": total,
         "steps_per_epoch": per_epoch,
@@ -61,6 +62,13 @@ def plan(recipe: Recipe, tell: Listener) -> dict[str, Any]:
             "activations_of_the_longest_batch": longest * hidden * layers * ACTIVATIONS * 4,
         },
     }
+
+
+def _example(recipe: Recipe, material: Material) -> list[dict[str, Any]] | None:
+    if recipe.task != "generation":
+        return None
+    pieces = sample(material.examples["train"], material.tokenizer).pieces
+    return [{"text": text, "learned": learned} for text, learned in pieces]
 
 
 def sized(recipe: Recipe, labels: tuple[str, ...] | None) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import datasets
@@ -12,13 +14,15 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from hkft.data import probe, splits, tokenise
+from hkft.data.completions import IGNORED
 from hkft.errors import DataError, RecipeError, nearest
 from hkft.evaluation.metrics import score
-from hkft.events import Listener, Notice, Stage
+from hkft.events import Listener, Notice, Sample, Stage
 from hkft.folder import RunFolder
 from hkft.model import build
 from hkft.recipe import Recipe
 
+SHOWN = 300  # letters of each end of a piece of the example that is shown
 FEW = 20  # validation rows: the standard error of an accuracy is then 0.1 and more
 
 
@@ -45,6 +49,8 @@ def prepare(recipe: Recipe, tell: Listener) -> Material:
     tokenizer = build.tokenizer(recipe)
     encode = partial(tokenise.tokenise, tokenizer=tokenizer, max_length=recipe.data.max_length, tell=tell)
     examples = {"train": encode(rows.train, name="train"), "validation": encode(rows.validation, name="validation")}
+    if recipe.task == "generation":
+        tell(sample(examples["train"], tokenizer))
     chosen = _probe(recipe, rows, examples)
     if not chosen:
         raise DataError(
@@ -62,6 +68,18 @@ def prepare(recipe: Recipe, tell: Listener) -> Material:
             Notice(f"the training rows allow a probe of {len(chosen):,} rows with validation's labels, not {wanted:,}")
         )
     return Material(examples, rows.labels, rows.fingerprints, rows.duplicates, tokenizer)
+
+
+def sample(examples: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    """The first example, decoded, in pieces that are learned and pieces that are not; of a long piece its two ends."""
+    first = examples[0]
+    tokens = zip(first["input_ids"], [label != IGNORED for label in first["labels"]], strict=True)
+    pieces = []
+    for learned, run in groupby(tokens, key=itemgetter(1)):
+        text = tokenizer.decode([token for token, _ in run])
+        assert isinstance(text, str)
+        pieces.append((text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]} ... {text[-SHOWN:]}", learned))
+    return Sample(tuple(pieces))
 
 
 def _probe(recipe: Recipe, rows: splits.Splits, examples: dict[str, datasets.Dataset]) -> list[int]:

@@ -155,7 +155,11 @@ def _fit(begun: Begun) -> None:
     trainer.add_callback(watcher)
     trainable, total = build.parameters(_adapted(trainer))
     tell(started(recipe, material, folder, trainer, watcher, trainable, total))
-    facts: dict[str, Any] = {"trainable_parameters": trainable, "total_parameters": total}
+    facts: dict[str, Any] = {
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "quantised": build.quantised(_adapted(trainer)),
+    }
     if resume and folder.summary.exists():
         facts["recipe"] = read_json(folder.summary)["recipe"]  # resolved.yaml, by which it may go on, is not its name
     write_json(folder.summary, summarise(recipe, watcher, trainer, "running", facts))

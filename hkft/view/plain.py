@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from hkft.events import Evaluated, Event, Finished, Notice, Stage, Started
+from hkft.events import Evaluated, Event, Finished, Notice, Sample, Stage, Started
 from hkft.view import words
 from hkft.view.console import say
 
@@ -32,6 +32,9 @@ class Plain:
                 yield text
             case Notice():
                 yield f"{'warning' if event.level == 'warning' else 'note'}: {event.text}"
+            case Sample(pieces=pieces):
+                shown = "".join(f"[[{text}]]" if learned else text for text, learned in pieces)
+                yield f"an example, what is learned of it between [[ and ]]:\n{shown}"
             case Started():
                 self.started, self.training = event, True
                 yield from words.setting(event)

@@ -35,7 +35,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
                 "rows",
                 f"{rows['train']:,} to train on, {rows['validation']:,} to validate, {rows['train_probe']:,} probed",
             ],
-            ["labels", ", ".join(plan["labels"]) if plan["labels"] else "a number"],
+            ["answers", _answers(plan)],
             ["in both sets", f"{plan['duplicates']:,} validation rows"],
             ["steps", f"{plan['steps']:,} ({plan['steps_per_epoch']:,} an epoch), {plan['evaluations']} evaluations"],
             ["tokens", f"{tokens['mean']:.1f} a row, {tokens['longest']} at most, {tokens['trained']:,} trained on"],
@@ -48,6 +48,12 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         ],
         plan["recipe"],
     )
+
+
+def _answers(plan: Mapping[str, Any]) -> str:
+    if plan["example"]:
+        return "text"
+    return ", ".join(plan["labels"]) if plan["labels"] else "a number"
 
 
 def show_method(method: Method) -> None:

@@ -14,7 +14,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from hkft.events import Evaluated, Event, Finished, Notice, Stage, Started, TrainStep
+from hkft.events import Evaluated, Event, Finished, Notice, Sample, Stage, Started, TrainStep
 from hkft.view import words
 from hkft.view.chart import SMALLEST, Series, chart
 from hkft.view.tables import rich_table
@@ -57,7 +57,7 @@ class Screen:
                 self.stage = None
             case Finished():
                 self.finished, self.stage = event, None
-            case Notice():
+            case Notice() | Sample():
                 pass
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -106,6 +106,12 @@ def notice(event: Notice, ascii_only: bool) -> Text:
     """A notice as a line above the screen."""
     mark, style = ("!", "yellow") if event.level == "warning" else ("-" if ascii_only else "·", "dim")
     return Text.assemble((f"{mark} ", style), event.text)
+
+
+def sample(event: Sample) -> Text:
+    """An example as it is trained on: what is learned stands out."""
+    pieces = [(text, "bold green" if learned else "dim") for text, learned in event.pieces]
+    return Text.assemble(("an example, ", "dim"), ("what is learned of it", "bold green"), (":\n", "dim"), *pieces)
 
 
 def done(stage: Stage, ascii_only: bool) -> Text:

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.live import Live
 
-from hkft.events import Event, Finished, Listener, Notice, Stage
+from hkft.events import Event, Finished, Listener, Notice, Sample, Stage
 from hkft.view import words
 from hkft.view.console import is_plain, output
 from hkft.view.plain import Brief, Plain
-from hkft.view.screen import Screen, done, notice, report
+from hkft.view.screen import Screen, done, notice, report, sample
 
 PER_SECOND = 4
 
@@ -66,6 +66,8 @@ class Drawing:
         if isinstance(event, Notice) and not (self.brief and event.text in self.said):
             self.said.add(event.text)
             console.print(notice(event, ascii_only))
+        elif isinstance(event, Sample) and not self.brief:
+            console.print(sample(event), soft_wrap=False)
         elif isinstance(event, Finished) and self.brief:
             console.print(done(Stage(words.outcome(event.summary)), ascii_only))
         elif isinstance(event, Finished):

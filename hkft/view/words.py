@@ -73,6 +73,8 @@ def figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         if summary.get(moment):
             at = summary.get("best_step" if moment == "best" else "steps")
             pairs.append((f"{label}, step {at}", _sides(summary[moment], main_metric(summary["task"]))))
+    if text := _of_text(summary.get("best") or {}):
+        pairs.append(("its text", text))
     if summary.get("train_runtime_s") is not None:
         pairs.append(("training time", duration(summary["train_runtime_s"])))
     speeds = [
@@ -86,7 +88,26 @@ def figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         pairs.append(("peak memory", memory(summary["peak_memory_bytes"])))
     if summary.get("trainable_parameters") is not None:
         pairs.append(("trainable parameters", f"{summary['trainable_parameters']:,}"))
+    if summary.get("quantised"):
+        pairs.append(("quantised", quantised(summary["quantised"])))
     return pairs
+
+
+def quantised(found: Mapping[str, Any]) -> str:
+    """What of the base was quantised, and how."""
+    double = ", double quantisation" if found["double_quantisation"] else ""
+    how = f"{found['kind']} ({found['quant_type']}{double}, computed in {found['compute_dtype']})"
+    kept = f"; {', '.join(found['kept'])} and what is no linear layer are not" if found["kept"] else ""
+    return f"{found['layers']} linear layers to {how}, {memory(found['bytes'])}{kept}"
+
+
+def _of_text(moment: Mapping[str, Mapping[str, float]]) -> str:
+    """What a decoder's validation is told by beside loss and token accuracy: perplexity, and scores of what it wrote."""
+    if not moment or "perplexity" not in moment["validation"]:
+        return ""
+    gaps = gap(moment["train_probe"], moment["validation"])
+    told = [name for name in moment["validation"] if name not in ("loss", "token_accuracy")]
+    return ", ".join(f"{name} {number(moment['validation'][name])} (gap {number(gaps.get(name))})" for name in told)
 
 
 def _sides(moment: Mapping[str, Mapping[str, float]], metric: str) -> str:
