@@ -201,6 +201,19 @@ class Generation(Section):
         list(get_args(TextMetric)), description="of the generated text in `hkft eval`; []: generate nothing there"
     )
 
+    @model_validator(mode="after")
+    def _used(self) -> Generation:
+        for switch, on, keys in (
+            ("do_sample: true", self.do_sample, ("temperature", "top_p", "top_k")),
+            ("num_beams above 1", self.num_beams > 1, ("length_penalty", "early_stopping")),
+        ):
+            for key in keys:
+                if not on and (value := getattr(self, key)) != type(self).model_fields[key].default:
+                    raise RefusedError(
+                        f"{key} would have no effect", where=key, found=show(value), hint=f"set {switch}"
+                    )
+        return self
+
 
 class SiteRecord(Section):
     """One entry of `dropout.sites`: see `hkft.dropout.method.Site`."""
@@ -339,5 +352,8 @@ def reference() -> str:
 
 
 def _line(key: str, field: Any, indent: str) -> str:
-    entry = f"{indent}{key}:" if field.is_required() else indent + dump({key: field.default}).strip()
+    if isinstance(field.default, list):
+        entry = f"{indent}{key}: [{', '.join(map(show, field.default))}]"
+    else:
+        entry = f"{indent}{key}:" if field.is_required() else indent + dump({key: field.default}).strip()
     return f"{entry:<28}  # {'required: ' if field.is_required() else ''}{field.description}"

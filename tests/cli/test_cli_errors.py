@@ -42,7 +42,7 @@ CASES = {
         2,
         "error: there is no key 'dropuot' at the top level\n"
         "  where    tiny.yaml:5:1\n"
-        "  allowed  model, task, data, lora, dropout, train, diagnostics, seed\n"
+        "  allowed  model, task, data, lora, dropout, train, generation, diagnostics, seed\n"
         "  hint     did you mean 'dropout'?\n",
         edits=(("dropout:", "dropuot:"),),
     ),
@@ -99,7 +99,7 @@ CASES = {
         "  allowed  0 <= rate < 1\n"
         "3. there is no key 'evals_per_epok' in diagnostics\n"
         "  where    tiny.yaml:7:15\n"
-        "  allowed  evals_per_epoch, probe_size, metric, patience\n"
+        "  allowed  evals_per_epoch, probe_size, generate, metric, patience\n"
         "  hint     did you mean 'evals_per_epoch'?\n"
         "4. not a whole number\n"
         "  where    --set seed\n"

@@ -18,7 +18,7 @@ data:
   text: t
   label: l
 """
-SECTIONS = "model, task, data, lora, dropout, train, diagnostics, seed"
+SECTIONS = "model, task, data, lora, dropout, train, generation, diagnostics, seed"
 
 
 @pytest.fixture

@@ -272,9 +272,42 @@ SHIPPED = {
 }
 
 
+E2E = ["none", "hiddencut", "dropkey", "hiddenkey-", "hiddenkey"]
+DECODERS = {
+    **{f"e2e-gpt2-medium-{method}": ("gpt2-medium", method, 2e-4, 5, 8) for method in E2E},
+    "webnlg-gpt2-medium-hiddenkey": ("gpt2-medium", "hiddenkey", 2e-4, 5, 8),
+    "e2e-llama2-7b-hiddenkey": ("meta-llama/Llama-2-7b-hf", "hiddenkey", 2e-4, 5, 8),
+    "rte-llama2-7b-hiddenkey": ("meta-llama/Llama-2-7b-hf", "hiddenkey", 5e-4, 10, 64),
+    "chat-qwen3-4b-hiddenkey": ("Qwen/Qwen3-4B-Instruct-2507", "hiddenkey", 2e-4, 3, 16),
+}
+
+
 def test_the_shipped_recipes_are_these_quickstart_first():
-    assert set(shipped()) == set(SHIPPED)
+    assert set(shipped()) == {*SHIPPED, *DECODERS}
     assert next(iter(shipped())) == "quickstart"
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_decoder_s_recipe_resolves_to_the_paper_s_settings(name):
+    made, train = load(name), load(name).train
+    batch = train["per_device_train_batch_size"] * train.get("gradient_accumulation_steps", 1)
+    settings = (made.model.name, made.method.name, train["learning_rate"], train["num_train_epochs"], batch)
+    assert settings == DECODERS[name]
+    head = made.source.splitlines()
+    assert head[0].startswith(f"# {name}: ")
+    assert any(line.startswith(f"# hkft train --recipe {name}") for line in head)
+    if name.startswith(("e2e", "webnlg")):
+        assert (train["warmup_steps"], train["weight_decay"], train["label_smoothing_factor"]) == (500, 0.01, 0.1)
+        decoding = made.generation
+        assert (decoding.num_beams, decoding.no_repeat_ngram_size) == (10, 4)
+        assert decoding.length_penalty == (0.8 if name.startswith("webnlg") else 0.9)
+
+
+def test_the_recipes_of_one_table_differ_in_the_method_alone():
+    made = [load(f"e2e-gpt2-medium-{method}").model_dump() for method in E2E]
+    for one in made:
+        one.pop("dropout")
+    assert all(one == made[0] for one in made)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -314,7 +347,7 @@ def test_reference_lists_every_key_with_its_default():
     assert "  name:                       # required: hub id" in listing
     read = parse(listing, "reference").value
     assert read["train"] == fields.TRAIN_DEFAULTS
-    assert list(read) == ["model", "task", "data", "lora", "dropout", "train", "diagnostics", "seed"]
+    assert list(read) == ["model", "task", "data", "lora", "dropout", "train", "generation", "diagnostics", "seed"]
 
 
 def test_the_fields_are_those_of_the_installed_classes():
