@@ -46,18 +46,20 @@ def probe_of_prompts(
 ) -> list[int]:
     """Indices into the training rows of generation, sorted: whole prompts, with every completion they have.
 
-    A score of generated text rises with the number of its references, so the probe's prompts have as many as those of
-    validation, by twentieths. groups: [N], the number of each row's prompt. size: rows, as in `probe_indices`. Where
-    no training prompt has as many completions as any of validation, prompts are drawn as they come.
+    A score of generated text rises with the number of its references, so there are as many prompts as validation has,
+    and for each of its the training prompt left whose number of completions is nearest. groups: [N], the number of
+    each row's prompt. size: rows, as in `probe_indices`, here of validation: so many prompts as they are there.
     """
     member = np.unique(np.asarray(train_groups), return_inverse=True)[1]
-    sizes, wanted_sizes = np.bincount(member), np.unique(np.asarray(validation_groups), return_counts=True)[1]
+    counts, wanted = np.bincount(member), np.sort(np.unique(np.asarray(validation_groups), return_counts=True)[1])
     rows = min(len(member), len(validation_groups), size or len(validation_groups))
-    prompts = max(1, round(rows / wanted_sizes.mean()))
-    chosen = probe_indices(sizes.tolist(), wanted_sizes.tolist(), prompts, seed, "regression")
-    if not chosen:
-        order = np.random.RandomState(seed).permutation(len(sizes))
-        chosen = order[: max(1, int(np.searchsorted(np.cumsum(sizes[order]), rows, side="right")))]
+    prompts = min(len(counts), max(1, round(rows / wanted.mean())))
+    random = np.random.RandomState(seed)
+    left = {count: random.permutation(np.flatnonzero(counts == count)).tolist() for count in np.unique(counts).tolist()}
+    chosen = []
+    for target in wanted[((np.arange(prompts) + 0.5) * len(wanted) / prompts).astype(int)].tolist():  # evenly spread
+        apart = {abs(count - target): count for count, those in left.items() if those}
+        chosen.append(left[apart[min(apart)]].pop())
     return [int(row) for row in np.flatnonzero(np.isin(member, chosen))]
 
 

@@ -193,10 +193,13 @@ def test_no_token_reaches_from_the_prompt_into_the_completion(tell):
     assert got[0]["input_ids"][: got[0]["prompt_length"]] == Encoder(words, False).prompts(["a>"])[0]
 
 
-@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize("scheme", ["first", "always", "never", "normalized"])
 def test_the_space_between_prompt_and_completion_is_the_recipes_own(tell, scheme):
     core = Tokenizer(models.BPE(unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    if scheme == "normalized":  # as Llama 2's was
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     core.train_from_iterator(["to -> be\n"] * 9, trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"]))
     core.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     words = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>")
