@@ -6,8 +6,8 @@
 A completion is tokenised as it stands in the midst of a text: a tokenizer that puts a space in front of every text
 (SentencePiece) puts none in front of a completion, so the space between the two is the one that the recipe writes.
 
-The end of text is a label like any other token of the completion, whatever pads. Too long an example loses the beginning
-of its prompt, and only where the completion alone is too long the end of that.
+The end of text is a label like any other token of the completion, whatever pads. Too long an example loses the
+beginning of its prompt, and only where the completion alone is too long the end of that.
 """
 
 from __future__ import annotations
@@ -146,17 +146,16 @@ class Encoder:
         Most templates write a chat as the beginning of every longer one. Where one does not, an answer's place is where
         another answer would stand.
         """
-        begin = None
         if n and text.startswith(before := self._rendered(turns[:n], True, where)):
-            begin, through = len(before), self._rendered(turns[: n + 1], False, where).rstrip()
-            if text.startswith(through) and through.startswith(before):
-                return begin, len(through)
+            through = self._rendered(turns[: n + 1], False, where).rstrip()
+            if text.startswith(through):
+                return len(before), len(through)
         place = _place(text, self._rendered(_marked(turns, n), True, where))
         said = turns[n]["content"].strip()
         if place is None or not said or text[slice(*place)].strip() != said:
             return None
-        closed = len(self.closing) if text.startswith(self.closing, place[1]) else 0
-        return place[0] if begin is None else begin, place[1] + closed
+        begin, end = place
+        return begin, end + len(self.closing) if text.startswith(self.closing, end) else end
 
     def _closing(self) -> str:
         """What the template writes after an answer, but for white space at the end."""
@@ -238,9 +237,10 @@ def examples_of(
 ) -> datasets.Dataset:
     """The rows as examples, in memory and in their order: no padding, at most `longest` tokens.
 
-    Columns: `input_ids`, `attention_mask`; `labels` where the rows have a `completion`, IGNORED for what is not learned;
-    `prompt_length`, the tokens that generation begins with; `id`, `length`, `prompt`, `completion`. What is cut, and what
-    is left out because nothing of it would be learned, is counted aloud under `name`.
+    Columns: `input_ids`, `attention_mask`; `labels` where the rows have a `completion`, IGNORED for what is not
+    learned; `prompt_length`, the tokens that generation begins with; `id`, `length`, `prompt`, `completion`. What is
+    cut, and what is left out because nothing of it would be learned, is counted aloud under `name`. Raises DataError
+    where no row is left, or the chat template refuses one, and SetupError as `Encoder` does.
     """
     encoder = Encoder(tokenizer, "messages" in rows.column_names)
     labelled = "completion" in rows.column_names
@@ -266,14 +266,7 @@ def examples_of(
         new_fingerprint="tokenised",  # else datasets pickles the tokenizer to name a cache file that is never written
     )
     _tell_cut(cut, len(rows), len(examples), longest, tell, name)
-    if encoder.unlearned:
-        told = f"{encoder.unlearned:,} earlier answers of {name}, which the chat template writes otherwise once they are past"
-        tell(Notice(f"{told}, are not learned", level="warning"))
-    if encoder.parted:
-        told = f"in {encoder.parted:,} chats of {name} the chat template does not begin the answer as it asks for one"
-        tell(Notice(f"{told}: it is learned right after what the template asks with", level="warning"))
-    if labelled and encoder.end is None:
-        tell(Notice("the tokenizer has no end-of-sequence token: no end of text can be learned", level="warning"))
+    _tell_unlearned(encoder, labelled, tell, name)
     return examples
 
 
@@ -290,6 +283,18 @@ def _tell_cut(cut: Counter[str | None], rows: int, kept: int, longest: int, tell
             level = "warning" if what == "completion" or count > MUCH * rows else "info"
             share = f"{count:,} of {rows:,} {name} rows ({count / rows:.1%})"
             tell(Notice(f"{share} are longer than {longest} tokens and lost the {end}: data.max_length", level=level))
+
+
+def _tell_unlearned(encoder: Encoder, labelled: bool, tell: Listener, name: str) -> None:
+    """Say what the tokenizer or its chat template does not let be learned as it stands."""
+    if encoder.unlearned:
+        told = f"{encoder.unlearned:,} earlier answers of {name}, which the chat template writes otherwise once past"
+        tell(Notice(f"{told}, are not learned", level="warning"))
+    if encoder.parted:
+        told = f"in {encoder.parted:,} chats of {name} the chat template does not begin the answer as it asks for one"
+        tell(Notice(f"{told}: it is learned right after what the template asks with", level="warning"))
+    if labelled and encoder.end is None:
+        tell(Notice("the tokenizer has no end-of-sequence token: no end of text can be learned", level="warning"))
 
 
 def _encoded(encoder: Encoder, batch: Mapping[str, list[Any]], name: str) -> list[Encoded]:

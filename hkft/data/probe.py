@@ -47,8 +47,8 @@ def probe_of_prompts(
     """Indices into the training rows of generation, sorted: whole prompts, with every completion they have.
 
     A score of generated text rises with the number of its references, so there are as many prompts as validation has,
-    and for each of its the training prompt left whose number of completions is nearest. groups: [N], the number of
-    each row's prompt. size: rows, as in `probe_indices`, here of validation: so many prompts as they are there.
+    each with as many completions, or as near to it as the training prompts come. groups: [N], the number of each row's
+    prompt. size: rows, as in `probe_indices`; here so many prompts as have them in validation.
     """
     member = np.unique(np.asarray(train_groups), return_inverse=True)[1]
     counts, wanted = np.bincount(member), np.sort(np.unique(np.asarray(validation_groups), return_counts=True)[1])

@@ -25,7 +25,7 @@ class Template:
         return tuple(dict.fromkeys(column for _, column in self.pieces if column is not None))
 
     def fill(self, cells: Mapping[str, Any]) -> str | None:
-        """The text of one row; None where every cell it asks for is empty. One that is empty beside others is no text."""
+        """The text of one row; None where every cell it asks for is empty. One empty beside others adds nothing."""
         texts = {column: _text(cells[column]) for column in self.columns}
         if not any(text.strip() for text in texts.values()):
             return None

@@ -3,7 +3,7 @@
     python tests/benchmarks/decoder.py [padding] [memory] [--rounds 5] [--device cuda] [--json FILE]
 
 padding: training steps (forward, backward; no optimizer) of a random Llama with LoRA (r 8, on q_proj and v_proj; four layers,
-hidden 512, vocabulary 4,096) over the same 256 rows, whose lengths are spread as those of instructions are (log-normal, median
+hidden 512, vocabulary 4,096) over the same 96 rows, whose lengths are spread as those of instructions are (log-normal, median
 64, at most 512), in batches of 16. "random" is what plain Trainer + PEFT does: rows as they come, padded, the model's own loss.
 "grouped" are batches of like length, "padding-free" such batches laid end to end, both with hkft's loss. In each round every
 way goes through all rows once, in random order; shown is the median over the rounds of tokens per second, padding not counted,
@@ -101,7 +101,7 @@ def epoch(model: nn.Module, given: list[Batch], way: str) -> None:
 
 
 def padding(rounds: int, device: torch.device) -> dict[str, Any]:
-    model, rows = model_of(4096, 512, 4, device), rows_of(256, 4096)
+    model, rows = model_of(4096, 512, 4, device), rows_of(96, 4096)
     ways = ["random", "random once more", "grouped", "padding-free"]
     given = {way: batches(rows, way, device) for way in ways}
     times: dict[str, list[float]] = {way: [] for way in ways}

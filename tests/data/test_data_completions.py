@@ -210,6 +210,15 @@ def test_the_space_between_prompt_and_completion_is_the_recipes_own(tell, scheme
         assert row["input_ids"][: row["prompt_length"]] == words(prompt)["input_ids"][:-1]
 
 
+def test_a_completion_that_begins_with_a_merged_line_break_is_whole(tell):
+    words = ["</s>", "▁", "\n", "a", "b", "\n\n"]
+    core = Tokenizer(models.BPE({word: n for n, word in enumerate(words)}, [("\n", "\n")]))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="</s>")
+    (example,) = tokenise(pairs(("a", "\nb")), fast, 64, tell)
+    assert fast.convert_ids_to_tokens(example["input_ids"]) == ["▁", "a", "▁", "\n", "b", "</s>"]
+
+
 # --- chats ------------------------------------------------------------------------------------------------------------
 
 FIRST, LAST = "<b>1</b> ✓", "<i>2</i> 🙂é"
@@ -232,6 +241,12 @@ TEMPLATES = {
         "Two?<|im_end|>\n<|im_start|>assistant\n",
     ),
     "r1": (R1, RULED, [f"{FIRST}</s>", f"{LAST}</s>"], "Two?<|Assistant|><think>\n"),
+    "r1, in lines": (
+        R1.replace("'<|Assistant|>' +", "'<|Assistant|>\n' +"),
+        RULED,
+        [f"{FIRST}</s>", f"{LAST}</s>"],
+        "Two?<|Assistant|><think>\n",
+    ),
     "plain": (PLAIN, RULED, [FIRST, f"{LAST}</s>"], "Q: Two?\nA: "),
 }
 
@@ -246,8 +261,10 @@ def test_what_the_assistant_says_is_learned_and_nothing_else(bytes_, tell, name)
     prompt = example["input_ids"][: example["prompt_length"]]
     assert prompt == Encoder(words, True).chat_prompt(turns[:-1])
     assert words.decode(prompt) == words.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
-    warned = f"in {1} chats of rows the chat template does not begin the answer as it asks for one"
-    assert [notice.startswith(warned) for notice in tell.notices] == [True] * (name in ("r1", "mistral, ruled"))
+    warned = "in 1 chats of rows the chat template does not begin the answer as it asks for one"
+    assert [notice.startswith(warned) for notice in tell.notices] == [True] * (
+        name in ("r1", "r1, in lines", "mistral, ruled")
+    )
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -282,7 +299,7 @@ def test_thoughts_are_learned_where_the_template_keeps_them(bytes_, tell):
     (example,) = tokenise(chats([TALK[0], thought[0], TALK[2], thought[1]]), words, 512, tell)
     assert learned(words, example) == [f"<think>\nhm\n</think>\n\n{LAST}<|im_end|>"]
     assert tell.notices == [
-        "1 earlier answers of rows, which the chat template writes otherwise once they are past, are not learned"
+        "1 earlier answers of rows, which the chat template writes otherwise once past, are not learned"
     ]
 
 
@@ -311,6 +328,15 @@ def test_tools(bytes_, tell):
     (example,) = tokenise(chats(turns), words, 512, tell)
     assert learned(words, example) == ["add<|im_end|>", f"{FIRST}<|im_end|>"]
     assert asked(words, example).endswith("<|im_start|>tool\n1<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_call_that_the_template_writes_otherwise_once_past_is_not_learned(bytes_, tell):
+    words = with_template(bytes_, QWEN3.replace("{{ said + '", "{{ said + (m.tool_calls or '') | string + '"))
+    call = {"role": "assistant", "content": "", "tool_calls": "add"}
+    (example,) = tokenise(chats([TALK[0], call, {"role": "tool", "content": "1"}, TALK[1]]), words, 512, tell)
+    assert "add<|im_end|>" in asked(words, example)
+    assert learned(words, example) == [f"<think>\n\n</think>\n\n{FIRST}<|im_end|>"]
+    assert [notice.split(",")[0] for notice in tell.notices] == ["1 earlier answers of rows"]
 
 
 def test_spaces_of_an_earlier_answer_are_learned_where_offsets_are_trimmed(bytes_, tell):
@@ -410,7 +436,7 @@ def test_earlier_answers_are_cut_in_step(bytes_, tell):
 
 
 def test_an_example_with_nothing_to_learn():
-    assert not Encoded([4], [IGNORED], []).learned
+    assert not Encoded([4, 5], [IGNORED, IGNORED], []).learned
     assert not Encoded([], [], [7]).learned  # the first token is never predicted
     assert Encoded([4], [IGNORED], [7]).learned
     assert Encoded([4, 5], [IGNORED, 5], []).learned

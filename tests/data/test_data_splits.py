@@ -314,10 +314,56 @@ def test_too_few_texts_to_split(write, recipe, tell):
         load(recipe(train=path), tell)
 
 
-def test_generation_is_refused_at_the_door(recipe, tell):
-    with pytest.raises(UsageError, match="task: generation is not built yet"):
-        load(recipe(task="generation", train="nothing is read"), tell)
-    assert tell == []
+def lines(count: int, completions: int = 3) -> str:
+    cells = [(f"P {n}" if m % 2 else f"p  {n}", f"c {n} {m}") for n in range(count) for m in range(completions)]
+    return "\n".join(json.dumps({"p": prompt, "c": text}) for prompt, text in cells)
+
+
+def numbers(split) -> Counter:
+    """How many rows each prompt has, letter case and white space aside."""
+    return Counter(int(prompt.split()[1]) for prompt in split["prompt"])
+
+
+def test_the_completions_of_a_prompt_stay_on_one_side(write, recipe, tell):
+    wanted = recipe("generation", train=write("t.jsonl", lines(40)), prompt="{p} ->", completion="c", messages=None)
+    got = load(wanted, tell)
+    assert set(numbers(got.train).values()) == set(numbers(got.validation).values()) == {3}
+    assert len(numbers(got.validation)) == 8
+    assert not set(numbers(got.train)) & set(numbers(got.validation))
+    assert (got.labels, got.duplicates, tell.notices) == (None, 0, [])
+
+
+def test_the_completions_of_a_prompt_are_drawn_together(write, recipe, tell):
+    path, keys = write("t.jsonl", lines(40)), {"prompt": "{p} ->", "completion": "c", "messages": None}
+    got = load(recipe("generation", train=path, train_rows=31, validation_rows=5, **keys), tell)
+    assert (len(got.train), len(got.validation)) == (30, 3)
+    assert set(numbers(got.train).values()) == set(numbers(got.validation).values()) == {3}
+    more = load(recipe("generation", train=path, train_rows=60, validation_rows=5, **keys), tell)
+    assert set(numbers(got.train)) < set(numbers(more.train))
+
+
+def test_chats_are_split_by_what_is_asked(write, recipe, tell):
+    chats = [[("user", f"q {n}"), ("assistant", f"a {m}")] for n in range(20) for m in range(2)]
+    cells = [{"m": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
+    path = write("t.jsonl", "\n".join(map(json.dumps, cells)))
+    got = load(recipe("generation", train=path, messages="m", prompt=None, completion=None), tell)
+    assert got.duplicates == 0
+    assert set(Counter(got.train["prompt"]).values()) == set(Counter(got.validation["prompt"]).values()) == {2}
+
+
+def test_a_prompt_in_both_sets_is_told(write, recipe, tell):
+    train, validation = write("t.jsonl", lines(4)), write("v.jsonl", lines(2, 2) + '\n{"p": "new", "c": "x"}')
+    keys = {"prompt": "{p} ->", "completion": "c", "messages": None}
+    assert load(recipe("generation", train=train, validation=validation, **keys), tell).duplicates == 4
+    share = "4 of 5 validation rows (80.0%)"
+    assert tell.notices == [f"{share} have a prompt that is in train too: the validation scores flatter"]
+
+
+def test_one_prompt_cannot_be_split(write, recipe, tell):
+    keys = {"prompt": "{p} ->", "completion": "c", "messages": None}
+    with pytest.raises(DataError, match="too few different prompts to draw a validation set from") as caught:
+        load(recipe("generation", train=write("t.jsonl", lines(1, 9)), **keys), tell)
+    assert caught.value.problems[0].found == "9 rows, 1 different"
 
 
 @pytest.mark.parametrize(
