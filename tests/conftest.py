@@ -148,7 +148,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
     torch.manual_seed(0)
-    LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(words),
             hidden_size=64,
@@ -162,7 +162,10 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
             eos_token_id=2,
             initializer_range=0.1,
         )
-    ).save_pretrained(folder)
+    )
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)  # the head stays as it is: with a small one no token could be certain
+    model.save_pretrained(folder)
     return folder
 
 
