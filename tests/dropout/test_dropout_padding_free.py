@@ -92,14 +92,17 @@ def model(name):
 
 
 @pytest.mark.parametrize("method", ["none", "hiddenkey-", "dropattention"])
-def test_at_rate_0_loss_and_gradients_are_those_of_the_padded_batch(model, method):
+def test_at_rate_0_loss_and_gradients_are_those_of_the_padded_batch(name, model, method):
     with hkft.attach(model, method, rate=0.0):
         expected, wanted = loss_and_gradients(model, padded())
     with hkft.attach(model, method, rate=0.0, padding_free=True):
         found, gradients = loss_and_gradients(model, end_to_end())
     assert found.item() == pytest.approx(expected.item(), rel=1e-12)
     for parameter, gradient in gradients.items():
-        torch.testing.assert_close(gradient, wanted[parameter], rtol=1e-8, atol=1e-12, msg=parameter)
+        close = (
+            {"rtol": 1e-5, "atol": 1e-7} if name == "gemma2" else {"rtol": 1e-8, "atol": 1e-12}
+        )  # its softmax is float32
+        torch.testing.assert_close(gradient, wanted[parameter], msg=parameter, **close)
 
 
 def test_attention_goes_row_by_row_where_the_family_tells_its_places(name, model, monkeypatch):
