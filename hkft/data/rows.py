@@ -151,7 +151,9 @@ def check_columns(source: datasets.Dataset, wanted: Mapping[str, str], reference
     def hint(name: str) -> str:
         if separator:
             return f"the columns seem to be separated by {separator!r}"
-        return nearest(name, found) or f"{wanted[name]} names it; the first line is read as the header"
+        return nearest(name, found) or f"{wanted[name]} names it" + (
+            "" if reference.endswith(("json", "jsonl", "parquet")) else "; the first line is read as the header"
+        )
 
     problems = [
         Problem(f"there is no column {name!r}", where=reference, found=", ".join(found), hint=hint(name))

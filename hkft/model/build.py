@@ -79,8 +79,7 @@ def base(recipe: Recipe, labels: Sequence[str] | None, pad_token_id: int | None 
         )
     except (OSError, ValueError, KeyError) as error:
         raise _missing(recipe.model.name, error) from error
-    if recipe.task == "generation" and is_decoder(model) is False:
-        raise _no_decoder(recipe, config)
+    check_decoder(recipe, model)
     if not quantised:
         return model.to(place)
     for module in model.modules():
@@ -254,6 +253,12 @@ def _quantisation(recipe: Recipe, place: torch.device, config: PreTrainedConfig,
         raise SetupError(
             f"{kind} needs bitsandbytes", where="model.quantization", hint="pip install bitsandbytes"
         ) from error
+
+
+def check_decoder(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Raise SetupError for an encoder that is to generate: each of its tokens would see the next, and learn nothing."""
+    if recipe.task == "generation" and is_decoder(model) is False:
+        raise _no_decoder(recipe, model.config)
 
 
 def _no_decoder(recipe: Recipe, config: PreTrainedConfig) -> SetupError:

@@ -126,11 +126,13 @@ class Looks(TrainerCallback):
         self.tell(evaluated)
 
     def _improves(self, validation: dict[str, float]) -> bool:
-        now = validation[self.criterion]
         if self.best is None:
             return True
-        then = self.best.validation[self.criterion]
-        return now < then if self.criterion in LOWER_IS_BETTER else now > then
+        then = self.best.validation
+        if validation[self.criterion] == then[self.criterion]:  # a metric of few rows stands still while the loss falls
+            return validation["loss"] < then["loss"]
+        lower = self.criterion in LOWER_IS_BETTER
+        return (validation[self.criterion] < then[self.criterion]) is lower
 
     def _out_of_patience(self) -> bool:
         if self.patience is None or self.best is None:

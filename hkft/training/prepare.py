@@ -126,12 +126,13 @@ def check_criterion(recipe: Recipe, material: Material) -> None:
     if criterion is None or criterion == "loss":
         return
     known = ["loss", *_metrics(recipe, material)]
+    written = recipe.task == "generation" and criterion in recipe.generation.metrics
     if criterion not in known:
         raise RecipeError(
             f"{recipe.task} has no metric {criterion!r}",
             where="diagnostics.metric",
             allowed=", ".join(known),
-            hint=nearest(criterion, known),
+            hint="set diagnostics.generate: text is written at the looks" if written else nearest(criterion, known),
         )
 
 

@@ -89,7 +89,13 @@ def begin(recipe: Recipe, output: str | Path | None = None, *, resume: bool = Fa
         trainer = _trainer(recipe, material, model, folder, heard)
         _open(folder, recipe, material, resume)
 
+    said = {notice.text for notice in notices if isinstance(notice, Notice)}
+
     def told(event: Event) -> None:
+        if isinstance(event, Notice):
+            if event.text in said:  # every look would say it again
+                return
+            said.add(event.text)
         folder.append(event)
         tell(event)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from hkft.diagnostics.gap import LOWER_IS_BETTER, main_metric
+from hkft.diagnostics.gap import LOWER_IS_BETTER
 from hkft.events import Notice
 from hkft.view import words
 from hkft.view.page import write_page
@@ -35,7 +35,7 @@ def write_report(
 
     curve, train_records: the "eval" and the "train" records of `metrics.jsonl`. environment: any nesting of mappings.
     """
-    metric = main_metric(summary["task"])
+    metric = words.metric_of(summary)
     write_page(
         path,
         "run.html.j2",

@@ -66,15 +66,20 @@ def objective(value: float, method: str) -> str:
     return f"objective {number(value)} ({mode}; {OBJECTIVE})"
 
 
+def metric_of(summary: Mapping[str, Any]) -> str:
+    """The metric that a run is told by: the one that chose its best step, or its task's."""
+    return summary.get("metric") or main_metric(summary["task"])
+
+
 def figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The key figures of a run, as label and value; what the summary does not hold is left out."""
     pairs: list[tuple[str, str]] = []
     for label, moment in (("best", "best"), ("final", "final")):
         if summary.get(moment):
             at = summary.get("best_step" if moment == "best" else "steps")
-            pairs.append((f"{label}, step {at}", _sides(summary[moment], main_metric(summary["task"]))))
+            pairs.append((f"{label}, step {at}", _sides(summary[moment], metric_of(summary))))
     if text := _of_text(summary.get("best") or {}):
-        pairs.append(("its text", text))
+        pairs.append((f"text, step {summary.get('best_step')}", text))
     if summary.get("train_runtime_s") is not None:
         pairs.append(("training time", duration(summary["train_runtime_s"])))
     speeds = [
@@ -121,7 +126,7 @@ def _sides(moment: Mapping[str, Mapping[str, float]], metric: str) -> str:
 
 def outcome(summary: Mapping[str, Any]) -> str:
     """A run among others, as one line."""
-    name, metric = f"{summary['method']}, seed {summary['seed']}", main_metric(summary["task"])
+    name, metric = f"{summary['method']}, seed {summary['seed']}", metric_of(summary)
     if not summary.get("best"):
         return f"{name}: {summary['status']}"
     best, end = summary["best"]["validation"], summary["gap"]["final"]["loss"]
