@@ -77,7 +77,8 @@ def rows(
 
     Columns: `id`, the row's number in its source, from 0; `text`; `text_pair` for pairs; `label`, an index of `labels`
     or a float; for generation those of `prompts`. With `labelled` False, for prediction, the source needs no labels or
-    completions, and there is none. Raises what `read` raises, and DataError for missing columns, labels that cannot be, and a source that no row of is left.
+    completions, and there is none. Raises what `read` raises, and DataError for missing columns, labels that cannot be,
+    and a source that no row of is left.
     """
     return canonical(reference, recipe, labels, tell, labelled).rows
 

@@ -37,8 +37,8 @@ def tokenise(
     """The rows as examples, in memory and in their order: no padding, at most `max_length` tokens.
 
     Columns: `input_ids`, `attention_mask` and, where the tokenizer has them, `token_type_ids`; `labels` where the rows
-    have a `label`; `id`; `length` in tokens; for generation see `completions`. Rows that are cut are counted aloud under `name`. A tokenizer without a
-    padding token is given its end-of-sequence token. Raises SetupError where it has neither, UsageError where
+    have a `label`; `id`; `length` in tokens; for generation see `completions`. Rows that are cut are counted aloud under
+    `name`. A tokenizer without a padding token is given its end-of-sequence token. Raises SetupError where it has neither, UsageError where
     `max_length` leaves no room for text.
     """
     quiet()

@@ -12,9 +12,10 @@ import pytest
 
 from hkft.dropout.named import METHODS as NAMES
 from hkft.folder import read_json
+from hkft.recipe.catalogue import shipped
 
 METHODS = ", ".join(NAMES)
-RECIPES = "quickstart, cola-hiddenkey, mrpc-hiddenkey, qnli-hiddenkey, rte-hiddenkey, sst2-hiddenkey, stsb-hiddenkey"
+RECIPES = ", ".join(shipped())
 STARTING = "starting torch and transformers\n"
 READING = STARTING + "reading the data\nreading {}\n"
 
