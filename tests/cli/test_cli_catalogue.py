@@ -138,3 +138,15 @@ def test_doctor_names_versions_and_devices(hkft):
         assert found["versions"][package] == version(package)
     assert "threads" in found["devices"]["cpu"]
     assert ["hub", "offline", "(HF_HUB_OFFLINE)"] in rows
+
+
+def test_check_shows_a_decoder_s_example_and_refuses_an_encoder(hkft, generation_file, tiny_bert):
+    ran = hkft("check", "--recipe", generation_file)
+    assert ran.code == 0
+    assert "->[[ " in ran.err
+    pieces = hkft("check", "--recipe", generation_file, "--json").document["example"]
+    assert [piece["learned"] for piece in pieces] == [False, True]
+    assert pieces[1]["text"].endswith("</s>")
+    refused = hkft("check", "--recipe", generation_file, "--set", f"model.name={tiny_bert}")
+    assert refused.code == 4
+    assert "bert is no causal language model" in refused.err

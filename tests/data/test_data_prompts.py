@@ -88,7 +88,7 @@ def test_a_missing_column_is_named_with_the_key_that_asks_for_it(read):
     assert told == [
         ("there is no column 'meanin'", "did you mean 'meaning'?"),
         ("there is no column 'qqq'", "data.completion names it"),
-        ("there is no column 'zzz'", "data.prompt names it; the first line is read as the header"),
+        ("there is no column 'zzz'", "data.prompt names it"),
     ]
 
 

@@ -320,3 +320,59 @@ def test_the_named_r_drop_trains_through_both_passes(recipe_file):
     one = load(recipe_file, ["dropout.method=r-drop", "dropout.gradient=one"]).method.consistency
     assert one is not None
     assert one.gradient == "one"
+
+
+def test_a_metric_that_stands_still_leaves_the_choice_to_the_loss():
+    seen = [
+        {"loss": 2.0, "bleu": 0.0},
+        {"loss": 1.0, "bleu": 0.0},
+        {"loss": 1.5, "bleu": 0.0},
+        {"loss": 1.5, "bleu": 0.1},
+    ]
+    watcher = looks.Looks(
+        look=None, keep=None, tell=print, at=[], criterion="bleu", patience=None, counters=lambda: (0, 0)  # type: ignore[arg-type]
+    )  # fmt: skip
+    chosen = []
+    for step, validation in enumerate(seen):
+        best = watcher._improves(validation)
+        chosen.append(best)
+        watcher.curve.append(looks.Evaluated(step, 0.0, {}, validation, {}, best, 0.0))
+    assert chosen == [True, True, False, True]
+
+
+def test_a_decoder_s_run_says_a_thing_once_and_shows_what_is_learned(generation_file, tmp_path):
+    from hkft.events import Notice, Sample
+
+    heard: list[Event] = []
+    asked = ["diagnostics.generate=2", "generation.metrics=[meteor, rouge_l]"]
+    done = api.train(generation_file, asked, output=tmp_path / "run", tell=heard.append)
+    texts = [event.text for event in heard if isinstance(event, Notice)]
+    assert len(texts) == len(set(texts))
+    assert len(notices(done)) == len(set(notices(done)))
+    (sample,) = [event for event in heard if isinstance(event, Sample)]
+    (prompt, unlearned), (completion, learned) = sample.pieces
+    assert (unlearned, learned) == (False, True)
+    assert prompt.endswith(" ->")
+    assert completion.endswith("</s>")
+
+
+def test_text_as_a_criterion_needs_text_to_be_written(generation_file, tmp_path):
+    with pytest.raises(RecipeError, match="generation has no metric 'bleu'") as caught:
+        api.train(generation_file, ["diagnostics.metric=bleu"], output=tmp_path / "run")
+    assert caught.value.problems[0].hint == "set diagnostics.generate: text is written at the looks"
+
+
+def test_an_interrupted_run_of_rows_end_to_end_resumes_to_the_same_end(generation_file, tmp_path):
+    settings = ["data.padding_free=true", "train.num_train_epochs=2", "diagnostics.evals_per_epoch=3"]
+    whole = api.train(generation_file, settings, output=tmp_path / "whole")
+
+    def stop(event: Event) -> None:
+        if isinstance(event, TrainStep) and event.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        api.train(generation_file, settings, output=tmp_path / "cut", tell=stop)
+    resumed = api.train(generation_file, settings, output=tmp_path / "cut", resume=True)
+    one, two = read_json(whole.summary), read_json(resumed.summary)
+    assert one["steps"] == two["steps"]
+    assert two["final"]["validation"]["loss"] == pytest.approx(one["final"]["validation"]["loss"], rel=1e-6)

@@ -93,3 +93,21 @@ def test_importing_the_room_imports_neither_rich_nor_torch():
     code = "import hkft.view, hkft.diagnostics, sys; print({'rich', 'torch', 'scipy', 'jinja2'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_what_is_learned_of_an_example_is_seen_without_colour():
+    from hkft.events import Sample
+    from hkft.view.plain import Plain
+
+    lines = list(Plain(Console()).lines(Sample((("a question ->", False), (" an answer</s>", True)))))
+    assert lines == ["an example, what is learned of it between [[ and ]]:\na question ->[[ an answer</s>]]"]
+
+
+def test_what_is_learned_of_an_example_is_green_on_a_terminal():
+    from hkft.events import Sample
+    from hkft.view.screen import sample
+
+    text = sample(Sample((("a question ->", False), (" an answer</s>", True))))
+    styles = {text.plain[span.start : span.end]: span.style for span in text.spans}
+    assert styles[" an answer</s>"] == styles["what is learned of it"] == "bold green"
+    assert styles["a question ->"] == "dim"
