@@ -61,7 +61,7 @@ class Drawing:
         before, training = screen.stage, screen.started is not None and screen.finished is None
         screen(event)
         over = before is not None and (not isinstance(event, Stage) or event.text != before.text)
-        if before and over and not training and not self.brief and not isinstance(event, Notice):
+        if before and over and not training and not self.brief and not isinstance(event, Notice | Sample):
             console.print(done(before, ascii_only))
         if isinstance(event, Notice) and not (self.brief and event.text in self.said):
             self.said.add(event.text)

@@ -6,7 +6,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from hkft.events import Evaluated, Stage, Started, TrainStep
+from hkft.events import Evaluated, Sample, Stage, Started, TrainStep
 from hkft.view.screen import Screen
 from hkft.view.terminal import view
 
@@ -185,3 +185,15 @@ def test_many_runs_leave_a_line_each(run, terminal):
     assert [text.strip() for text in sent].count(line) == 2
     assert sum("also among the training rows" in text for text in sent) == 1
     assert not any("run folder" in text or "✓ tokenising" in text for text in sent)
+
+
+def test_an_example_is_shown_once_and_its_stage_leaves_one_line(terminal):
+    console = terminal(80, colour=False)
+    with view(console=console) as tell:
+        tell(Stage("tokenising train", 5, 5))
+        tell(Sample((("a question ->", False), (" an answer", True))))
+        tell(Stage("loading the model"))
+    console.file.flush()
+    text = console.file.buffer.getvalue().decode()
+    assert text.count("✓ tokenising train") == 1
+    assert text.count("a question -> an answer") == 1
