@@ -46,13 +46,29 @@ def predictions(saved: Saved, given: Iterable[Record], where: str, tell: Listene
     """Each record with its prediction. As many are read ahead as one batch holds. Raises DataError, with the record."""
     recipe, done = saved.recipe, 0
     size = recipe.generation.batch_size if recipe.task == "generation" else recipe.train["per_device_eval_batch_size"]
-    source = iter(given)
-    while batch := list(islice(source, size)):
-        found = _of_batch(saved, batch, done, where, tell)
-        for number, record in enumerate(batch):
-            yield {**record, **found.get(number, {"prediction": None})}
-        done += len(batch)
-        tell(Stage("predicting", done))
+    source, broken = iter(given), None
+    while broken is None:
+        batch, broken = _taken(source, size)
+        if batch:
+            found = _of_batch(saved, batch, done, where, tell)
+            for number, record in enumerate(batch):
+                yield {**record, **found.get(number, {"prediction": None})}
+            done += len(batch)
+            tell(Stage("predicting", done))
+        elif broken is None:
+            return
+    raise broken
+
+
+def _taken(source: Iterator[Record], size: int) -> tuple[list[Record], DataError | None]:
+    """The next records, and what was wrong with the one after them: those before a broken line are still answered."""
+    batch: list[Record] = []
+    try:
+        for record in islice(source, size):
+            batch.append(record)
+    except DataError as error:
+        return batch, error
+    return batch, None
 
 
 def _of_batch(saved: Saved, batch: list[Record], before: int, where: str, tell: Listener) -> dict[int, Record]:

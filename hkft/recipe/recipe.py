@@ -246,7 +246,9 @@ def _columns(tree: Tree) -> list[Problem]:
     ]
     unused = [
         Problem(
-            f"data.{key} is not used by task {task}",
+            f"data.{key} and data.messages exclude each other"
+            if key in ("prompt", "completion") and task == "generation"
+            else f"data.{key} is not used by task {task}",
             str(place(tree, ("data", key), of_key=True)),
             allowed=_listed(needed),
             hint="remove it" if set(needed) <= given else "remove it, or set the `task` that uses it",

@@ -72,6 +72,13 @@ def test_what_cannot_be_read_is_told_with_its_line(hkft, run, content, code, say
     assert all(part in ran.err for part in says), ran.err
 
 
+def test_what_stands_before_a_broken_line_is_answered(hkft, run):
+    Path("in.jsonl").write_text('{"text": "good"}\nnonsense\n{"text": "bad"}\n')
+    ran = hkft("predict", run, "-i", "in.jsonl")
+    assert ran.code == 3
+    assert [row["text"] for row in lines(ran.out)] == ["good"]
+
+
 def test_usage(hkft, run):
     missing = hkft("predict", run, "-i", "nowhere.jsonl")
     assert (missing.code, "there is no such file" in missing.err) == (2, True)
