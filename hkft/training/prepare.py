@@ -23,6 +23,7 @@ from hkft.model import build
 from hkft.recipe import Recipe
 
 SHOWN = 300  # letters of each end of a piece of the example that is shown
+MOST_STEPS = 10_000_000
 FEW = 20  # validation rows: the standard error of an accuracy is then 0.1 and more
 
 
@@ -113,10 +114,17 @@ def arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
 
 
 def step_counts(rows: int, settings: TrainingArguments) -> tuple[int, int]:
-    """(optimizer steps in all, in one epoch), as Trainer counts them."""
+    """(optimizer steps in all, in one epoch), as Trainer counts them. Raises RecipeError for more than anybody trains."""
     batches = math.ceil(rows / (settings.train_batch_size * settings.world_size))
     per_epoch = max(1, math.ceil(batches / settings.gradient_accumulation_steps))
     total = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * per_epoch)
+    if total > MOST_STEPS:
+        raise RecipeError(
+            "no run makes so many steps",
+            where="train.num_train_epochs",
+            found=f"{total:,}",
+            allowed=f"up to {MOST_STEPS:,}",
+        )
     return total, per_epoch
 
 

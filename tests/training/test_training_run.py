@@ -376,3 +376,10 @@ def test_an_interrupted_run_of_rows_end_to_end_resumes_to_the_same_end(generatio
     one, two = read_json(whole.summary), read_json(resumed.summary)
     assert one["steps"] == two["steps"]
     assert two["final"]["validation"]["loss"] == pytest.approx(one["final"]["validation"]["loss"], rel=1e-6)
+
+
+def test_more_steps_than_anybody_trains_are_refused(recipe_file, tmp_path):
+    with pytest.raises(RecipeError, match="no run makes so many steps") as caught:
+        api.train(recipe_file, ["train.num_train_epochs=1e12"], output=tmp_path / "run")
+    assert caught.value.problems[0].allowed == "up to 10,000,000"
+    assert not (tmp_path / "run").exists()
