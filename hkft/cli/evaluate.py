@@ -6,17 +6,17 @@ from typing import Annotated
 
 import typer
 
-from hkft.cli.shared import Debug, Json, Set, quiet, reported, show_json
+from hkft.cli.shared import Checkpoint, Debug, Json, Set, Source, WithoutRun, quiet, reported, show_json
 
 
 @reported
 def evaluate(
-    source: Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="A run folder, or a PEFT adapter folder.")],
+    source: Source,
     split: Annotated[
         str, typer.Option(help="validation, test, train, or any file or reference with the same columns.")
     ] = "validation",
-    checkpoint: Annotated[str, typer.Option(help="best, last, or the path of an adapter.")] = "best",
-    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="The recipe, where there is no run.")] = None,
+    checkpoint: Checkpoint = "best",
+    recipe: WithoutRun = None,
     set: Set = None,
     json: Json = False,
     debug: Debug = False,

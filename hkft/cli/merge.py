@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from hkft.cli.shared import Debug, Json, Set, quiet, reported, show_json
+from hkft.cli.shared import Checkpoint, Debug, Json, Set, Source, WithoutRun, quiet, reported, show_json
 
 
 @reported
 def merge(
-    source: Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="A run folder, or a PEFT adapter folder.")],
+    source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the merged model goes; must not exist.")],
-    checkpoint: Annotated[str, typer.Option(help="best, last, or the path of an adapter.")] = "best",
+    checkpoint: Checkpoint = "best",
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16. Default: the base model's own.")
     ] = None,
@@ -22,7 +22,7 @@ def merge(
         bool, typer.Option("--verify/--no-verify", help="Compare the merged model's outputs with the adapted one's.")
     ] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
-    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="The recipe, where there is no run.")] = None,
+    recipe: WithoutRun = None,
     set: Set = None,
     json: Json = False,
     debug: Debug = False,

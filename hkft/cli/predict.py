@@ -6,16 +6,28 @@ from typing import Annotated
 
 import typer
 
-from hkft.cli.shared import Debug, Json, Set, lines_in, lines_out, quiet, reported, show_json
+from hkft.cli.shared import (
+    Checkpoint,
+    Debug,
+    Json,
+    Set,
+    Source,
+    WithoutRun,
+    lines_in,
+    lines_out,
+    quiet,
+    reported,
+    show_json,
+)
 
 
 @reported
 def predict(
-    source: Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="A run folder, or a PEFT adapter folder.")],
+    source: Source,
     input: Annotated[str, typer.Option("--input", "-i", help="JSON lines, with the recipe's columns; - for stdin.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Where the lines go; - for stdout.")] = "-",
-    checkpoint: Annotated[str, typer.Option(help="best, last, or the path of an adapter.")] = "best",
-    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="The recipe, where there is no run.")] = None,
+    checkpoint: Checkpoint = "best",
+    recipe: WithoutRun = None,
     set: Set = None,
     json: Json = False,
     debug: Debug = False,

@@ -26,6 +26,9 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Set a value of the recipe: --set dropout.rate=0.2. Repeatable."),
 ]
+Source = Annotated[str, typer.Argument(metavar="RUN|ADAPTER", help="A run folder, or a PEFT adapter folder.")]
+Checkpoint = Annotated[str, typer.Option(help="best, last, or the path of an adapter.")]
+WithoutRun = Annotated[str | None, typer.Option("--recipe", "-r", help="The recipe, where there is no run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

@@ -21,6 +21,7 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from hkft.data.sources import in_memory
 from hkft.errors import DataError, SetupError
 from hkft.events import Listener, Notice, Stage
 
@@ -255,16 +256,7 @@ def examples_of(
         tell(Stage(f"tokenising {name}", done, len(rows)))
         return _columns([example for example, _ in encoded], batch, labelled)
 
-    examples = rows.map(
-        encode,
-        batched=True,
-        batch_size=BATCH,
-        remove_columns=rows.column_names,
-        features=_features(labelled),
-        keep_in_memory=True,
-        load_from_cache_file=False,
-        new_fingerprint="tokenised",  # else datasets pickles the tokenizer to name a cache file that is never written
-    )
+    examples = in_memory(rows, encode, _features(labelled), BATCH)
     _tell_cut(cut, len(rows), len(examples), longest, tell, name)
     _tell_unlearned(encoder, labelled, tell, name)
     return examples

@@ -10,14 +10,14 @@ from typing import Any, Protocol
 import datasets
 
 from hkft.data.labels import class_indices, class_names, class_texts, numbers, tell_absent
-from hkft.data.prompts import columns_of
+from hkft.data.prompts import PromptSection, columns_of
 from hkft.data.sources import cells_of, read
 from hkft.errors import DataError, Problem, nearest
 from hkft.events import Listener, Notice
 from hkft.recipe.template import template
 
 
-class DataSection(Protocol):
+class DataSection(PromptSection, Protocol):
     """What this room reads of a recipe's `data`."""
 
     @property
@@ -32,12 +32,6 @@ class DataSection(Protocol):
     def text(self) -> str | Sequence[str]: ...
     @property
     def label(self) -> str | None: ...
-    @property
-    def prompt(self) -> str | None: ...
-    @property
-    def completion(self) -> str | None: ...
-    @property
-    def messages(self) -> str | None: ...
     @property
     def train_rows(self) -> int | None: ...
     @property

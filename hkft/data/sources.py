@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import datasets
@@ -13,7 +14,9 @@ from hkft.data.references import locate, package_path
 from hkft.errors import DataError
 from hkft.events import Listener, Stage
 
-__all__ = ["cells_of", "locate", "package_path", "read"]
+__all__ = ["cells_of", "in_memory", "locate", "package_path", "read"]
+
+Encode = Callable[[Mapping[str, list[Any]]], dict[str, Any]]
 
 
 def read(reference: str, tell: Listener) -> datasets.Dataset:
@@ -33,6 +36,20 @@ def read(reference: str, tell: Listener) -> datasets.Dataset:
     except (ValueError, NotImplementedError, TypeError) as error:
         found = str(error).splitlines()[0]
         raise DataError("a column has a type that datasets cannot hold", where=str(path), found=found) from None
+
+
+def in_memory(rows: datasets.Dataset, encode: Encode, features: datasets.Features, batch_size: int) -> datasets.Dataset:
+    """What `encode` makes of batches of the rows, with the columns of `features` alone, and no file of it on disk."""
+    return rows.map(
+        encode,
+        batched=True,
+        batch_size=batch_size,
+        remove_columns=rows.column_names,
+        features=features,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+        new_fingerprint="tokenised",  # else datasets pickles the tokenizer to name a cache file that is never written
+    )
 
 
 def cells_of(source: datasets.Dataset, column: str) -> list[Any]:

@@ -11,13 +11,12 @@ import datasets
 import torch
 from transformers import DataCollatorWithFlattening, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from hkft.data.completions import IGNORED, examples_of
+from hkft.data.completions import BATCH, IGNORED, MUCH, examples_of
 from hkft.data.quiet import quiet
+from hkft.data.sources import in_memory
 from hkft.errors import SetupError, UsageError
 from hkft.events import Listener, Notice, Stage
 
-BATCH = 1000
-MUCH = 0.05  # a larger share of cut rows is a warning
 NOT_FOR_THE_MODEL = ("id", "length", "prompt_length", "prompt", "completion")
 
 _KINDS = {
@@ -38,8 +37,8 @@ def tokenise(
 
     Columns: `input_ids`, `attention_mask` and, where the tokenizer has them, `token_type_ids`; `labels` where the rows
     have a `label`; `id`; `length` in tokens; for generation see `completions`. Rows that are cut are counted aloud under
-    `name`. A tokenizer without a padding token is given its end-of-sequence token. Raises SetupError where it has neither, UsageError where
-    `max_length` leaves no room for text.
+    `name`. A tokenizer without a padding token is given its end-of-sequence token. Raises SetupError where it has
+    neither, UsageError where `max_length` leaves no room for text.
     """
     quiet()
     ensure_padding(tokenizer, tell)
@@ -59,16 +58,7 @@ def tokenise(
         kept = {"labels": batch["label"]} if "label" in batch else {}
         return encoded | kept | {"id": batch["id"], "length": [len(ids) for ids in encoded["input_ids"]]}
 
-    examples = rows.map(
-        encode,
-        batched=True,
-        batch_size=BATCH,
-        remove_columns=rows.column_names,
-        features=_features(rows, tokenizer),
-        keep_in_memory=True,
-        load_from_cache_file=False,
-        new_fingerprint="tokenised",  # else datasets pickles the tokenizer to name a cache file that is never written
-    )
+    examples = in_memory(rows, encode, _features(rows, tokenizer), BATCH)
     if cut:
         share = f"{cut:,} of {len(rows):,} {name} ({cut / len(rows):.1%})"
         level = "warning" if cut > MUCH * len(rows) else "info"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hkft.dropout.attach import attach
 from hkft.dropout.method import Method
+from hkft.dropout.modes import modes_kept
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,9 @@ def gradient_noise(
     """
     if draws < 2:
         raise ValueError("a variance takes at least 2 draws")
-    modes = {module: module.training for module in model.modules()}
-    try:
+    with modes_kept(model):
         model.train()
         return [_measure(model, batch, method, rate, draws, seed) for method in methods]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _measure(

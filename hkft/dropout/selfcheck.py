@@ -24,6 +24,7 @@ from transformers import set_seed
 from hkft.dropout import interface
 from hkft.dropout.attach import Attachment, attached
 from hkft.dropout.dropper import Dropper
+from hkft.dropout.modes import modes_kept
 from hkft.errors import DivergedError, MethodError
 
 CLOSE = 1e-3  # relative: what two passes over the same numbers may differ by on a GPU, far below what a mask does
@@ -220,7 +221,6 @@ def _without_native(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _untouched(model: nn.Module, attachment: Attachment) -> Iterator[None]:
     """Afterwards modes, gradients, buffers, random streams, counts and proof are what they were."""
-    modes = {module: module.training for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     counts = [(d, d.fired, d.calls, d.counts) for d in attachment.droppers]
     states = [(d, {place: g.get_state() for place, g in d.generators.items()}) for d in attachment.droppers]
@@ -232,7 +232,7 @@ def _untouched(model: nn.Module, attachment: Attachment) -> Iterator[None]:
     for parameter in gradients:
         parameter.grad = None
     try:
-        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        with torch.random.fork_rng(devices=sorted(devices, key=str)), modes_kept(model):
             yield
     finally:
         random.setstate(numbers)
@@ -241,8 +241,6 @@ def _untouched(model: nn.Module, attachment: Attachment) -> Iterator[None]:
         with torch.no_grad():
             for buffer, saved in buffers:
                 buffer.copy_(saved)
-        for module, mode in modes.items():
-            module.training = mode
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         for d, fired, calls, counted in counts:

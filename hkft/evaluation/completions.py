@@ -6,8 +6,7 @@ Nothing of a batch's logits is kept: a loss, a count and the hits of each row ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +16,9 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from hkft.events import Listener, Stage, silent
+from hkft.evaluation.predict import Collate, longest_first, looking, on_device
+from hkft.events import Listener, silent
 from hkft.model.vocabulary import Vocabulary
-
-Collate = Callable[[list[dict[str, Any]]], Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -84,22 +82,12 @@ def look(
     text: str = "evaluating",
 ) -> Completions:
     """Run a decoder in eval mode over tokenised `examples` (see `hkft.data.completions`). As `predict` does otherwise."""
-    order = np.argsort(-np.asarray(examples["length"]), kind="stable")
-    device = next(model.parameters()).device
-    autocast = torch.autocast(device.type, precision) if precision else nullcontext()
-    sums = torch.zeros(3, len(order), dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), autocast:
-            vocabulary = Vocabulary(model)
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                batch = {k: v.to(device) for k, v in collate([examples[int(n)] for n in chosen]).items()}
-                sums[:, torch.from_numpy(chosen)] = _sums(model, vocabulary, batch).cpu()
-                tell(Stage(text, min(start + batch_size, len(order)), len(order)))
-    finally:
-        model.train(was_training)
+    sums = torch.zeros(3, len(examples), dtype=torch.float64)
+    with looking(model, precision):
+        vocabulary = Vocabulary(model)
+        for rows in longest_first(examples["length"], batch_size, tell, text):
+            batch = on_device(model, collate([examples[row] for row in rows]))
+            sums[:, rows] = _sums(model, vocabulary, batch).cpu().double()
     losses, tokens, hits = sums.numpy()
     return Completions(
         list(examples["id"]),

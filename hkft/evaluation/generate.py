@@ -3,45 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hkft.data.completions import Encoder
+from hkft.data.holdout import draw
 from hkft.evaluation.completions import Written
+from hkft.evaluation.predict import longest_first, looking
 from hkft.evaluation.texts import score_texts, signature
 from hkft.events import Listener, Stage, silent
 from hkft.model.vocabulary import inner_model
+from hkft.recipe.schema import Generation
 
 SAMPLING = ("temperature", "top_p", "top_k")
 BEAMS = ("length_penalty", "early_stopping")
 ALWAYS = ("max_new_tokens", "num_beams", "do_sample", "no_repeat_ngram_size", "repetition_penalty")
 
 
-class Settings(Protocol):
-    """What this module reads of a recipe's `generation`; the rest it hands on to transformers, by name."""
-
-    @property
-    def max_new_tokens(self) -> int: ...
-    @property
-    def num_beams(self) -> int: ...
-    @property
-    def do_sample(self) -> bool: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def metrics(self) -> Sequence[str]: ...
-
-
 def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    settings: Settings,
+    settings: Generation,
     *,
     seed: int = 0,
     precision: torch.dtype | None = None,
@@ -56,32 +42,24 @@ def generate(
     """
     inner: Any = inner_model(model)  # its `generate` is a mixin's
     device = next(model.parameters()).device
-    order = np.argsort([-len(prompt) for prompt in prompts], kind="stable")
-    autocast = torch.autocast(device.type, precision) if precision else nullcontext()
     config, texts = _config(inner, tokenizer, settings), [""] * len(prompts)
     positions = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode(), autocast:
-            torch.manual_seed(seed)
-            for start in range(0, len(order), settings.batch_size):
-                chosen = [int(n) for n in order[start : start + settings.batch_size]]
-                inputs = tokenizer.pad(
-                    {"input_ids": [list(prompts[n]) for n in chosen]},
-                    padding_side="left",
-                    return_tensors="pt",
-                    verbose=False,
-                ).to(device)
-                width = inputs["input_ids"].shape[1]
-                room = max(1, positions - width) if isinstance(positions, int) else settings.max_new_tokens
-                config.max_new_tokens = min(settings.max_new_tokens, room)
-                tokens = inner.generate(**inputs, generation_config=config)
-                for n, written in zip(chosen, tokenizer.batch_decode(tokens[:, width:], True), strict=True):
-                    texts[n] = written.strip()
-                tell(Stage(text, min(start + settings.batch_size, len(order)), len(order)))
-    finally:
-        model.train(was_training)
+    generators = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(generators), looking(model, precision):
+        torch.manual_seed(seed)
+        for rows in longest_first([len(prompt) for prompt in prompts], settings.batch_size, tell, text):
+            inputs = tokenizer.pad(
+                {"input_ids": [list(prompts[row]) for row in rows]},
+                padding_side="left",
+                return_tensors="pt",
+                verbose=False,
+            ).to(device)
+            width = inputs["input_ids"].shape[1]
+            room = max(1, positions - width) if isinstance(positions, int) else settings.max_new_tokens
+            config.max_new_tokens = min(settings.max_new_tokens, room)
+            tokens = inner.generate(**inputs, generation_config=config)
+            for row, written in zip(rows, tokenizer.batch_decode(tokens[:, width:], True), strict=True):
+                texts[row] = written.strip()
     return texts
 
 
@@ -89,7 +67,7 @@ def write(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     examples: Any,
-    settings: Settings,
+    settings: Generation,
     *,
     limit: int | None = None,
     seed: int = 0,
@@ -105,8 +83,8 @@ def write(
     for row, prompt in enumerate(examples["prompt"]):
         rows.setdefault(prompt, []).append(row)
     asked = list(rows)
-    if limit is not None and limit < len(asked):
-        asked = [asked[n] for n in np.sort(np.random.RandomState(seed).permutation(len(asked))[:limit])]
+    if limit is not None:
+        asked = [asked[n] for n in draw(len(asked), limit, seed)]
     lengths, completions, tokens = examples["prompt_length"], examples["completion"], examples["input_ids"]
     fullest = [max(rows[prompt], key=lambda row: lengths[row]) for prompt in asked]  # the prompt least cut
     begun = [tokens[row][: lengths[row]] for row in fullest]
@@ -118,7 +96,7 @@ def write(
     return Written(dict(zip(asked, written, strict=True)), scores, named)
 
 
-def _config(model: Any, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> GenerationConfig:
+def _config(model: Any, tokenizer: PreTrainedTokenizerBase, settings: Generation) -> GenerationConfig:
     """transformers' settings, with every token that may end a text. What the checkpoint says of sampling is not asked."""
     names = [*ALWAYS, *(SAMPLING if settings.do_sample else ()), *(BEAMS if settings.num_beams > 1 else ())]
     values: Mapping[str, Any] = {name: getattr(settings, name) for name in names}

@@ -6,8 +6,8 @@ are taken on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from hkft.dropout.modes import evaluating
 from hkft.evaluation.metrics import LOSSES, score
 from hkft.events import Listener, Stage, silent
 
@@ -59,6 +60,28 @@ class Predictions:
         ]
 
 
+@contextmanager
+def looking(model: nn.Module, precision: torch.dtype | None = None) -> Iterator[None]:
+    """Eval mode without gradients, under autocast to `precision` where there is one; modes are then as they were."""
+    autocast = torch.autocast(next(model.parameters()).device.type, precision) if precision else nullcontext()
+    with evaluating(model), torch.inference_mode(), autocast:
+        yield
+
+
+def longest_first(lengths: Sequence[int], batch_size: int, tell: Listener, text: str) -> Iterator[list[int]]:
+    """Row numbers of each batch, of like length; tells how far it is once a batch is done with."""
+    order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+        tell(Stage(text, min(start + batch_size, len(order)), len(order)))
+
+
+def on_device(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch where the model is."""
+    device = next(model.parameters()).device
+    return {name: value.to(device) for name, value in batch.items()}
+
+
 def predict(
     model: nn.Module,
     examples: Any,
@@ -73,23 +96,15 @@ def predict(
     """Run `model` in eval mode over tokenised `examples` (columns id, length, input_ids, ..., labels if there are any).
 
     Longest batches first, so that nothing is padded far and running out of memory shows at once. precision: autocast to
-    this dtype, as training did. The model's mode is put back as it was.
+    this dtype, as training did. The model's modes are put back as they were.
     """
-    order = np.argsort(-np.asarray(examples["length"]), kind="stable")
-    device = next(model.parameters()).device
-    autocast = torch.autocast(device.type, precision) if precision else nullcontext()
-    was_training = model.training
-    model.eval()
-    pieces = []
-    try:
-        with torch.inference_mode(), autocast:
-            for start in range(0, len(order), batch_size):
-                rows = [examples[int(n)] for n in order[start : start + batch_size]]
-                batch = {k: v.to(device) for k, v in collate(rows).items() if k != "labels"}
-                pieces.append(model(**batch).logits.float().cpu().numpy())
-                tell(Stage(text, min(start + batch_size, len(order)), len(order)))
-    finally:
-        model.train(was_training)
+    order, pieces = [], []
+    with looking(model, precision):
+        for rows in longest_first(examples["length"], batch_size, tell, text):
+            batch = on_device(model, collate([examples[row] for row in rows]))
+            batch.pop("labels", None)
+            pieces.append(model(**batch).logits.float().cpu().numpy())
+            order += rows
     logits = np.concatenate(pieces)[np.argsort(order)]
     labels = np.asarray(examples["labels"]) if "labels" in examples.column_names else None
     losses = None if labels is None else LOSSES[task](logits, labels)

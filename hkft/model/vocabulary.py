@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hkft.data.completions import IGNORED
+from hkft.dropout.modes import evaluating
 
 NUMBERS = 2**24  # float32 logits at a time: 64 MiB
 
@@ -84,14 +85,8 @@ class Vocabulary:
             said.append(torch.linspace(-100, 100, states.shape[-1]).to(states).expand_as(states))
             return said[-1]
 
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            with torch.no_grad(), self._left_out(loud):
-                outputs = self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.model.device))
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with evaluating(self.model), torch.no_grad(), self._left_out(loud):
+            outputs = self.model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=self.model.device))
         given = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         return len(said) == 1 and given.shape == said[0].shape and torch.equal(given.to(said[0]), said[0])
 
@@ -111,9 +106,14 @@ class Vocabulary:
                 self.head.forward = own
 
 
+def found_inside(model: nn.Module) -> PreTrainedModel | None:
+    """The transformers model inside whatever wraps it, if there is one."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+
+
 def inner_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside whatever wraps it."""
-    found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    """The transformers model that must be inside."""
+    found = found_inside(model)
     assert found is not None, "a transformers model"
     return found
 

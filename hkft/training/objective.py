@@ -5,22 +5,22 @@ The term is a mean over rows (examples; completion tokens in generation), so its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from hkft.data.completions import IGNORED
 from hkft.dropout.attach import attached
 from hkft.dropout.consistency import LOSSES, squared
 from hkft.dropout.method import Consistency, Method
+from hkft.dropout.modes import evaluating
 from hkft.dropout.named import find
 from hkft.errors import MethodError
-from hkft.model.vocabulary import SummedInBlocks, Vocabulary
+from hkft.model.vocabulary import SummedInBlocks, Vocabulary, found_inside
 
 
 class Objective(NamedTuple):
@@ -124,7 +124,7 @@ def distance(kind: str, logits: Tensor, other: Tensor, labels: Tensor | None, sh
 
 def shifts(model: nn.Module) -> bool:
     """Whether the labels of a model are its own input one place later: in a decoder, not in an encoder-decoder or a tagger."""
-    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    inner = found_inside(model)
     if inner is None:
         return True
     return not inner.config.is_encoder_decoder and inner.loss_type not in ("ForTokenClassification", "ForMaskedLM")
@@ -132,7 +132,7 @@ def shifts(model: nn.Module) -> bool:
 
 def learns_tokens(model: nn.Module) -> bool:
     """Whether a model is a decoder with transformers' own loss on its next token, and nothing else, which hkft may compute."""
-    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    inner = found_inside(model)
     if inner is None or inner.config.is_encoder_decoder or inner.loss_type not in (None, "ForCausalLM"):
         return False
     if inner.get_output_embeddings() is None:
@@ -167,15 +167,3 @@ def consistency_loss(model: nn.Module, batch: Mapping[str, Any], method: str | M
 
 def logits_of(outputs: Any) -> Tensor:
     return outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while, then every module in the mode that was its own."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
