@@ -15,10 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hkft.data import splits, tokenise
 from hkft.data.rows import rows as read_rows
 from hkft.errors import SetupError, UsageError
-from hkft.evaluation import completions
 from hkft.evaluation.completions import Completions
-from hkft.evaluation.generate import write
-from hkft.evaluation.predict import Predictions, predict
+from hkft.evaluation.look import look
+from hkft.evaluation.predict import Predictions
 from hkft.events import Listener, Notice, Stage, silent
 from hkft.folder import RunFolder, read_json, write_jsonl
 from hkft.model import build
@@ -116,26 +115,21 @@ def evaluate(saved: Saved, split: str = "validation", tell: Listener = silent) -
 
     Of a decoder also the text it writes, and the scores of `generation.metrics`, unless that is empty.
     """
-    recipe, examples = saved.recipe, examples_of(saved, split, tell)
-    collate = tokenise.collator(saved.tokenizer, build.padding_side(saved.model))
-    size, text = recipe.train["per_device_eval_batch_size"], f"evaluating {split}"
-    if recipe.task != "generation":
-        return predict(saved.model, examples, collate, task=recipe.task, batch_size=size, tell=tell, text=text)
-    seen = completions.look(saved.model, examples, collate, batch_size=size, tell=tell, text=text)
-    if not recipe.generation.metrics:
-        return seen
-    written = write(
+    recipe = saved.recipe
+    seen = look(
         saved.model,
         saved.tokenizer,
-        examples,
-        recipe.generation,
-        seed=recipe.seed,
+        examples_of(saved, split, tell),
+        recipe,
+        batch_size=recipe.train["per_device_eval_batch_size"],
+        write_text=bool(recipe.generation.metrics),
         tell=tell,
-        text=f"writing for {split}",
+        looking=f"evaluating {split}",
+        writing=f"writing for {split}",
     )
-    if written.signature:
-        tell(Notice(f"BLEU is sacrebleu's {written.signature}"))
-    return seen.with_text(written)
+    if isinstance(seen, Completions) and seen.written and seen.written.signature:
+        tell(Notice(f"BLEU is sacrebleu's {seen.written.signature}"))
+    return seen
 
 
 def keep(saved: Saved, split: str, predictions: Predictions | Completions) -> str | None:

@@ -17,10 +17,9 @@ from hkft.data import tokenise
 from hkft.dropout.method import Method
 from hkft.dropout.selfcheck import self_check
 from hkft.errors import HkftError, OutOfMemoryError, RecipeError, SetupError, UsageError
-from hkft.evaluation import completions
 from hkft.evaluation.completions import Completions
-from hkft.evaluation.generate import write
-from hkft.evaluation.predict import Predictions, predict
+from hkft.evaluation.look import look
+from hkft.evaluation.predict import Predictions
 from hkft.events import Evaluated, Event, Finished, Listener, Notice, Stage, silent
 from hkft.folder import (
     RunFolder,
@@ -279,20 +278,22 @@ def _watcher(
 ) -> looks.Looks:
     settings, model = trainer.args, _adapted(trainer)
     precision = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
-    collate = tokenise.collator(material.tokenizer, build.padding_side(model))
 
-    def look(split: str) -> Predictions | Completions:
+    def look_at(split: str) -> Predictions | Completions:
         name = {"train_probe": "the probe", "validation": "validation"}[split]
-        examples, size = material.examples[split], settings.per_device_eval_batch_size
-        told: dict[str, Any] = {"precision": precision, "tell": tell}
-        if recipe.task != "generation":
-            text = f"looking at {name}"
-            return predict(model, examples, collate, task=recipe.task, batch_size=size, text=text, **told)
-        seen = completions.look(model, examples, collate, batch_size=size, text=f"looking at {name}", **told)
-        if not recipe.diagnostics.generate:
-            return seen
-        asked = {"limit": recipe.diagnostics.generate, "seed": recipe.seed, "text": f"writing for {name}"}
-        return seen.with_text(write(model, material.tokenizer, examples, recipe.generation, **asked, **told))
+        return look(
+            model,
+            material.tokenizer,
+            material.examples[split],
+            recipe,
+            batch_size=settings.per_device_eval_batch_size,
+            write_text=recipe.diagnostics.generate is not None,
+            limit=recipe.diagnostics.generate,
+            precision=precision,
+            tell=tell,
+            looking=f"looking at {name}",
+            writing=f"writing for {name}",
+        )
 
     def keep(seen: Mapping[str, Predictions | Completions]) -> None:
         model.save_pretrained(str(folder.adapter))
@@ -302,7 +303,7 @@ def _watcher(
 
     total, per_epoch = step_counts(len(material.examples["train"]), settings)
     return looks.Looks(
-        look=look,
+        look=look_at,
         keep=keep,
         tell=tell,
         at=looks.steps(total, per_epoch, recipe.diagnostics.evals_per_epoch),

@@ -1,0 +1,49 @@
+"""One look at a model, whatever its task: the same at every evaluation in training and by `hkft eval`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from hkft.data import tokenise
+from hkft.evaluation import completions
+from hkft.evaluation.completions import Completions
+from hkft.evaluation.generate import write
+from hkft.evaluation.predict import Predictions, predict
+from hkft.events import Listener, silent
+from hkft.model import build
+
+if TYPE_CHECKING:
+    from hkft.recipe import Recipe
+
+
+def look(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Any,
+    recipe: Recipe,
+    *,
+    batch_size: int,
+    write_text: bool,
+    limit: int | None = None,
+    precision: torch.dtype | None = None,
+    tell: Listener = silent,
+    looking: str,
+    writing: str,
+) -> Predictions | Completions:
+    """Predictions on tokenised `examples`; of a decoder the losses of its completions and, with write_text, its text.
+
+    limit: of the prompts that are written for, drawn with the recipe's seed. looking, writing: what the stages are called.
+    """
+    collate = tokenise.collator(tokenizer, build.padding_side(model))
+    told: dict[str, Any] = {"precision": precision, "tell": tell}
+    if recipe.task != "generation":
+        return predict(model, examples, collate, task=recipe.task, batch_size=batch_size, text=looking, **told)
+    seen = completions.look(model, examples, collate, batch_size=batch_size, text=looking, **told)
+    if not write_text:
+        return seen
+    asked = {"limit": limit, "seed": recipe.seed, "text": writing}
+    return seen.with_text(write(model, tokenizer, examples, recipe.generation, **asked, **told))
