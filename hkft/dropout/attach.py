@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from hkft.dropout import families, interface
 from hkft.dropout.dropper import CountHook, DropHook, Dropper
@@ -170,8 +171,8 @@ def attach(
             _place(attachment, site, number, None if seed is None else seed + 1000 * number)
         if attachment.droppers:
             attachment._handles.extend(attachment.proof.watch(model))
-        for layer in family.layers if padding_free else ():
-            layer.attention.__dict__[interface.FLAT] = True
+        if padding_free:
+            _lay_end_to_end(attachment, model)
         in_attention = any(site.position.startswith("attention_") or site.start == "attended" for site in method.sites)
         if in_attention or padding_free:
             with _LOCK:
@@ -248,6 +249,18 @@ def _place_hidden(attachment: Attachment, layer: families.Layer, dropper: Droppe
     if dropper.site.start == "attended":
         layer.attention.__dict__[interface.GUIDE] = dropper
     attachment.droppers.append(dropper)
+
+
+def _lay_end_to_end(attachment: Attachment, model: nn.Module) -> None:
+    """Let attention go row by row, and nothing be cached. PEFT's wrapper calls `forward` of what it wraps: hooks see it not."""
+    family = attachment.family
+    for layer in family.layers:
+        layer.attention.__dict__[interface.FLAT] = True
+    called = {model, family.model, family.model.base_model}
+    for each in called:
+        if isinstance(each, PreTrainedModel) or hasattr(each, "peft_config"):
+            handle = each.register_forward_pre_hook(interface.without_cache, with_kwargs=True)
+            attachment._handles.append(handle)
 
 
 def _refuse_end_to_end(family: families.Family, method: Method) -> None:

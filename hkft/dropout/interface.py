@@ -166,14 +166,37 @@ def _row_lengths(query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> list[int
     """
     places, window = kwargs.get("position_ids"), kwargs.get("sliding_window")
     tokens = query.shape[2]
-    if not isinstance(places, Tensor) or places.shape != (1, tokens) or key.shape[2] != tokens:
+    if not isinstance(places, Tensor) or places.shape != (len(query), tokens) or key.shape[2] != tokens:
         return None
-    lengths = getattr(places, FLAT, None)  # every layer is handed the same tensor
-    if lengths is None:
-        begins = [0, *(torch.nonzero(places[0].diff() != 1).squeeze(1) + 1).tolist(), tokens]
-        lengths = [end - begin for begin, end in pairwise(begins)]
-        setattr(places, FLAT, lengths)
+    lengths = _told_by(places)
     return lengths if len(lengths) > 1 and (window is None or max(lengths) <= window) else None
+
+
+def _told_by(places: Tensor) -> list[int]:
+    """Lengths of the rows in `position_ids` [1,T], as transformers tells them: a row goes on where a place is the next.
+
+    Several rows, [B,T], are none that are laid end to end. Every layer is handed the same tensor: it is read once.
+    """
+    if places.ndim != 2 or len(places) != 1:
+        return []
+    version = None if places.is_inference() else places._version  # a loop may fill one tensor again and again
+    known, lengths = getattr(places, FLAT, (None, []))
+    if version is None or version != known:
+        begins = [0, *(torch.nonzero(places[0].diff() != 1).squeeze(1) + 1).tolist(), places.shape[1]]
+        lengths = [end - begin for begin, end in pairwise(begins)]
+        setattr(places, FLAT, (version, lengths))
+    return lengths
+
+
+def without_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Forward pre-hook on a model: of rows laid end to end nothing is cached.
+
+    transformers tells them apart in its attention mask only where there is no cache, and most configurations ask for one.
+    """
+    places = kwargs.get("position_ids")
+    if not isinstance(places, Tensor) or kwargs.get("past_key_values") is not None or len(_told_by(places)) < 2:
+        return None
+    return args, {**kwargs, "use_cache": False}
 
 
 def _rows(x: Tensor, lengths: list[int]) -> Tensor:

@@ -28,7 +28,7 @@ from hkft.errors import SetupError, UsageError
 from hkft.evaluation.saved import Saved, find, load_saved
 from hkft.events import Listener, Notice, Stage
 from hkft.folder import RunFolder
-from hkft.model.build import auto_class, location
+from hkft.model.build import auto_class, location, pad_with, padding_id
 from hkft.recipe import load as load_recipe
 
 # PEFT's task types that can be merged, and the class that loads each. Its `_target_class` opens what is written
@@ -167,9 +167,8 @@ def _alone(origin: Origin, tell: Listener) -> Adapted:
             found=f"no {error}" if isinstance(error, KeyError) else str(error).strip().splitlines()[0],
             hint=f"base_model_name_or_path in adapter_config.json is {origin.base!r}",
         ) from error
-    settings = model.config
-    if task_type == "SEQ_CLS" and settings.get_text_config().pad_token_id is None and tokenizer:
-        settings.pad_token_id = tokenizer.pad_token_id
+    if task_type == "SEQ_CLS" and tokenizer:
+        pad_with(model, padding_id(tokenizer))
     opens = AUTO[task_type]._target_class
     return Adapted(model, task_type, opens, tokenizer, dtype, None)
 

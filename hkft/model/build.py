@@ -21,6 +21,7 @@ from transformers import (
 from hkft.data.sources import package_path
 from hkft.dropout import families
 from hkft.errors import MethodError, RecipeError, SetupError, nearest
+from hkft.model.vocabulary import inner_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -65,12 +66,12 @@ def auto_class(task: str) -> Any:
 def base(recipe: Recipe, labels: Sequence[str] | None, pad_token_id: int | None = None) -> PreTrainedModel:
     """The base model with the head of its task, on the recipe's device, its own dropout at `native_dropout`.
 
-    labels: class names, None for a regression or for generation. pad_token_id: the tokenizer's, for a model that names none.
+    labels: class names, None for a regression or for generation. pad_token_id: the tokenizer's, see `pad_with`.
     Raises SetupError: no such model, device or package, or no decoder where text is to be generated.
     """
     place = device(recipe.model.device)
     try:
-        config = configuration(recipe, labels, pad_token_id)
+        config = configuration(recipe, labels)
         dtype = weights_dtype(recipe.model.dtype, config, place)
         quantised = _quantisation(recipe, place, config, dtype)
         torch.manual_seed(recipe.seed)  # the head's initial weights
@@ -80,6 +81,7 @@ def base(recipe: Recipe, labels: Sequence[str] | None, pad_token_id: int | None 
     except (OSError, ValueError, KeyError) as error:
         raise _missing(recipe.model.name, error) from error
     check_decoder(recipe, model)
+    pad_with(model, pad_token_id)
     if not quantised:
         return model.to(place)
     for module in model.modules():
@@ -90,12 +92,10 @@ def base(recipe: Recipe, labels: Sequence[str] | None, pad_token_id: int | None 
     return model
 
 
-def configuration(recipe: Recipe, labels: Sequence[str] | None, pad_token_id: int | None = None) -> PreTrainedConfig:
+def configuration(recipe: Recipe, labels: Sequence[str] | None) -> PreTrainedConfig:
     """The base model's configuration, for the task. Raises SetupError for an encoder that is to generate."""
     config = AutoConfig.from_pretrained(location(recipe.model.name), revision=recipe.model.revision)
     set_native_dropout(config, recipe.model.native_dropout)
-    if config.get_text_config().pad_token_id is None:
-        config.pad_token_id = pad_token_id
     if recipe.task == "generation":
         if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
             raise _no_decoder(recipe, config)
@@ -185,6 +185,18 @@ def linear_names(model: nn.Module) -> list[str]:
     """Last names of the model's linear layers, what `target_modules` may name."""
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if families.linear_sizes(module)}
     return sorted(names - {""})
+
+
+def pad_with(model: nn.Module, number: int | None) -> None:
+    """Let a model know by which token its batches are padded: the tokenizer's, whatever its configuration says.
+
+    A head on a decoder reads each row at its last token that is not padding, and so must know padding when it sees it. In
+    RoBERTa and its kin the configuration's number says where positions begin as well: an encoder that has one keeps it.
+    """
+    outer = inner_model(model).config
+    for config in (outer, outer.get_text_config()):
+        if number is not None and (getattr(config, "pad_token_id", None) is None or is_decoder(model)):
+            config.pad_token_id = number
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

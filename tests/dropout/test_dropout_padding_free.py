@@ -31,7 +31,7 @@ from hkft.errors import MethodError
 
 SIZE = {
     "vocab_size": 70, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "intermediate_size": 64, "max_position_embeddings": 64, "use_cache": False, "attention_dropout": 0.0,
+    "intermediate_size": 64, "max_position_embeddings": 64, "attention_dropout": 0.0,
 }  # fmt: skip
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZE)),
@@ -114,11 +114,15 @@ def test_attention_goes_row_by_row_where_the_family_tells_its_places(name, model
     assert set(seen) == ({LENGTHS} if name in ROW_BY_ROW else set())
 
 
+@pytest.mark.parametrize("within", [5, 13])  # the last one is within a short window's reach of the next row
 @pytest.mark.parametrize("pattern", ["element", "column"])
 @pytest.mark.parametrize("position", ["attention_logits", "attention_weights", "hidden"])
-def test_no_row_hangs_on_another_and_no_token_on_a_later_one(model, position, pattern):
+def test_no_row_hangs_on_another_and_no_token_on_a_later_one(model, position, pattern, within):
     """Law 4 across rows: another token in the third row changes nothing before it, and in no other row anything."""
-    place = sum(LENGTHS[:2]) + 5
+    check_independence(model, position, pattern, sum(LENGTHS[:2]) + within)
+
+
+def check_independence(model, position, pattern, place) -> None:
     batch, other = end_to_end(), end_to_end()
     other["input_ids"] = other["input_ids"].clone()
     other["input_ids"][0, place] = 3 + (other["input_ids"][0, place] + 1) % 60
@@ -172,7 +176,7 @@ def test_where_the_mask_alone_tells_rows_apart_each_rows_first_key_is_protected(
 
     monkeypatch.setattr(interface.attention, "dropkey", watched)
     with hkft.attach(model, Method([Site("attention_logits", "column", rate=0.99, layers="all")])):
-        assert torch.isfinite(model(**end_to_end()).logits).all()
+        assert torch.isfinite(model(**end_to_end(), use_cache=False).logits).all()  # as Trainer sets it
     firsts = [sum(LENGTHS[:n]) for n in range(len(LENGTHS))]
     for keep in masks:
         assert keep[..., firsts].all()
@@ -213,3 +217,31 @@ def test_the_self_check_holds_end_to_end():
     model = MODELS["llama"]().train()
     with hkft.attach(model, "hiddenkey-", rate=0.1, padding_free=True):
         assert hkft.self_check(model, end_to_end())["cost"]
+
+
+def test_one_tensor_filled_anew_is_read_anew():
+    torch.manual_seed(0)
+    model = MODELS["llama"]().double().eval()
+    batch = end_to_end()
+    with hkft.attach(model, "none", padding_free=True):
+        model(**batch)
+        batch["position_ids"].copy_(torch.arange(sum(LENGTHS)).unsqueeze(0))  # one row now
+        found = model(**batch).logits
+    torch.testing.assert_close(found, model(batch["input_ids"]).logits)
+
+
+def test_several_rows_with_places_in_common_are_a_batch_like_any_other():
+    torch.manual_seed(0)
+    model = MODELS["llama"]().eval()
+    tokens = torch.randint(3, 70, (2, 8))
+    expected = model(tokens).logits
+    with hkft.attach(model, "none", padding_free=True):
+        found = model(tokens, position_ids=torch.arange(8).unsqueeze(0)).logits
+    torch.testing.assert_close(found, expected)
+
+
+def test_one_row_is_cached_when_asked():
+    model = MODELS["llama"]().eval()
+    with hkft.attach(model, "none", padding_free=True):
+        assert model(torch.randint(3, 70, (1, 8)), use_cache=True).past_key_values is not None
+        assert model(**end_to_end(), use_cache=True).past_key_values is None

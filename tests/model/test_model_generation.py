@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig
@@ -118,12 +119,16 @@ def test_gpt2_with_a_head_says_the_same_whatever_side_its_tokenizer_pads(recipe_
 
 def test_a_llama_with_a_head_is_trained_and_evaluated_alike_on_either_side(recipe_file, tiny_llama, tmp_path):
     """As rte-llama2-7b-hiddenkey has it: a classification head on a decoder, in training and after."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from hkft.merging.merge import merge
 
     losses = {}
     for side in ("left", "right"):
         folder = tmp_path / side
-        AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        model.config.pad_token_id = 77  # a configuration that names another token than the tokenizer, as many do
+        model.save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
         tokenizer.padding_side = side
         tokenizer.save_pretrained(folder)
@@ -134,4 +139,10 @@ def test_a_llama_with_a_head_is_trained_and_evaluated_alike_on_either_side(recip
         found = saved.evaluate(saved.load_saved(run.path)).metrics()
         assert found["loss"] == pytest.approx(summary["best"]["validation"]["loss"], rel=1e-5)
         losses[side] = found["loss"]
+        one_by_one = saved.load_saved(run.path)
+        rows = saved.examples_of(one_by_one, "validation")
+        alone = [one_by_one.model(torch.tensor([row["input_ids"]])).logits.argmax().item() for row in rows]
+        assert found["accuracy"] == pytest.approx(np.mean(np.array(alone) == rows["labels"]))
+        merge(run.path, tmp_path / f"merged-{side}")
+        assert AutoConfig.from_pretrained(tmp_path / f"merged-{side}").pad_token_id == tokenizer.pad_token_id
     assert losses["left"] == losses["right"]
