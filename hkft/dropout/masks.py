@@ -12,6 +12,7 @@ A new pattern is one function and one line of `PATTERNS`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,8 @@ def uniform(device: torch.device, generator: torch.Generator | None = None) -> D
     turn = dist.get_rank() / dist.get_world_size() if dist.is_available() and dist.is_initialized() else 0.0
 
     def draw(shape: Shape) -> Tensor:
-        numbers = torch.rand(tuple(shape), device=device, generator=generator, dtype=torch.float32)
+        own: Any = {} if generator is None else {"generator": generator}  # torch.compile cannot take one, nor even None
+        numbers = torch.rand(tuple(shape), device=device, dtype=torch.float32, **own)
         return (numbers + turn) % 1 if turn else numbers
 
     return draw

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,9 +44,10 @@ def generate(
     inner: Any = inner_model(model)  # its `generate` is a mixin's
     device = next(model.parameters()).device
     config, texts = _config(inner, tokenizer, settings), [""] * len(prompts)
+    ends = frozenset(config.eos_token_id or ())
     positions = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
-    generators = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(generators), looking(model, precision):
+    generators = range(torch.cuda.device_count()) if device.type == "cuda" else ()
+    with torch.random.fork_rng(generators), looking(model, precision), _asked_for(inner, config):
         torch.manual_seed(seed)
         for rows in longest_first([len(prompt) for prompt in prompts], settings.batch_size, tell, text):
             inputs = tokenizer.pad(
@@ -58,8 +60,9 @@ def generate(
             room = max(1, positions - width) if isinstance(positions, int) else settings.max_new_tokens
             config.max_new_tokens = min(settings.max_new_tokens, room)
             tokens = inner.generate(**inputs, generation_config=config)
-            for row, written in zip(rows, tokenizer.batch_decode(tokens[:, width:], True), strict=True):
-                texts[row] = written.strip()
+            for row, written in zip(rows, tokens[:, width:].tolist(), strict=True):
+                end = next((n for n, token in enumerate(written) if token in ends), None)  # it may not be a special one
+                texts[row] = str(tokenizer.decode(written[:end], skip_special_tokens=True)).strip()
     return texts
 
 
@@ -94,6 +97,17 @@ def write(
     scores = score_texts(written, references, settings.metrics, tell)
     named = signature(references) if "bleu" in scores else None
     return Written(dict(zip(asked, written, strict=True)), scores, named)
+
+
+@contextmanager
+def _asked_for(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """For a while the settings asked for are all there are: `generate` fills in what is None from the checkpoint's own."""
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _config(model: Any, tokenizer: PreTrainedTokenizerBase, settings: Generation) -> GenerationConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -29,17 +28,16 @@ def look(
     batch_size: int,
     write_text: bool,
     limit: int | None = None,
-    precision: torch.dtype | None = None,
     tell: Listener = silent,
     looking: str,
     writing: str,
 ) -> Predictions | Completions:
     """Predictions on tokenised `examples`; of a decoder the losses of its completions and, with write_text, its text.
 
-    limit: of the prompts that are written for, drawn with the recipe's seed. looking, writing: what the stages are called.
+    Under training's own precision. limit: of the prompts that are written for, drawn with the recipe's seed. looking, writing: what the stages are called.
     """
     collate = tokenise.collator(tokenizer, build.padding_side(model))
-    told: dict[str, Any] = {"precision": precision, "tell": tell}
+    told: dict[str, Any] = {"precision": build.precision(recipe), "tell": tell}
     if recipe.task != "generation":
         return predict(model, examples, collate, task=recipe.task, batch_size=batch_size, text=looking, **told)
     seen = completions.look(model, examples, collate, batch_size=batch_size, text=looking, **told)

@@ -92,11 +92,13 @@ def _of_batch(saved: Saved, batch: list[Record], before: int, where: str, tell: 
             tell(event)
 
     examples = tokenise.tokenise(rows, saved.tokenizer, recipe.data.max_length, told, name="records")
+    precision = build.precision(recipe)
     if recipe.task == "generation":
-        written = generate(saved.model, saved.tokenizer, examples["input_ids"], recipe.generation, seed=recipe.seed)
+        settings = {"seed": recipe.seed, "precision": precision}
+        written = generate(saved.model, saved.tokenizer, examples["input_ids"], recipe.generation, **settings)
         return {row: {"prediction": text} for row, text in zip(rows["id"], written, strict=True)}
     collate = tokenise.collator(saved.tokenizer, build.padding_side(saved.model))
-    seen = predict(saved.model, examples, collate, task=recipe.task, batch_size=len(examples))
+    seen = predict(saved.model, examples, collate, task=recipe.task, batch_size=len(examples), precision=precision)
     if saved.labels is None:
         return {row: {"prediction": float(value)} for row, value in zip(rows["id"], seen.logits[:, 0], strict=True)}
     labels = saved.labels

@@ -129,6 +129,12 @@ def weights_dtype(wanted: str, config: PreTrainedConfig, place: torch.device) ->
     return own
 
 
+def precision(recipe: Recipe) -> torch.dtype | None:
+    """What training runs under by autocast, and so every look at what was trained; None: the weights' own."""
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return next((dtype for name, dtype in named.items() if recipe.train.get(name)), None)
+
+
 def is_decoder(model: nn.Module) -> bool | None:
     """Whether every layer's attention looks back only; None where that cannot be told."""
     try:

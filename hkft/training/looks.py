@@ -40,8 +40,12 @@ class Clock:
     outside: float = 0.0
     before: float = 0.0  # of an earlier part of the run, where it was resumed
 
+    def part(self) -> float:
+        """Of this part of the run, which its counts are of."""
+        return time.perf_counter() - self.started - self.outside
+
     def seconds(self) -> float:
-        return self.before + time.perf_counter() - self.started - self.outside
+        return self.before + self.part()
 
 
 @dataclass
@@ -79,7 +83,7 @@ class Looks(TrainerCallback):
         if not logs or "task_loss" not in logs:
             return
         samples, tokens = self.counters()
-        seconds = max(self.clock.seconds(), 1e-9)
+        seconds = max(self.clock.part(), 1e-9)
         self.tell(
             TrainStep(
                 step=state.global_step,

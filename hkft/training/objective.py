@@ -26,7 +26,7 @@ from hkft.model.vocabulary import SummedInBlocks, Vocabulary, found_inside
 class Objective(NamedTuple):
     """loss = task + weight x consistency, scalars; `consistency` None: one pass, no such term.
 
-    `outputs` of the main pass; None where no logits were built.
+    `outputs` of the main pass: the model's, or {"states": ...} of `Vocabulary.run`, where no logits were built.
     """
 
     loss: Tensor
@@ -100,9 +100,8 @@ def token_objective(
     total = SummedInBlocks.apply(term, list(vocabulary.blocks(len(targets))), states, *passes)
     assert isinstance(total, Tensor)
     task, apart = parts / len(targets) if len(targets) else parts + torch.nan  # nothing to learn is no loss of 0
-    return Objective(
-        total / len(targets) if len(targets) else total + torch.nan, task, apart if consistency else None, None
-    )
+    loss = total / len(targets) if len(targets) else total + torch.nan
+    return Objective(loss, task, apart if consistency else None, {"states": states})
 
 
 def distance(kind: str, logits: Tensor, other: Tensor, labels: Tensor | None, shift: bool = True) -> Tensor:

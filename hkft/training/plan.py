@@ -29,7 +29,7 @@ def plan(recipe: Recipe, tell: Listener) -> dict[str, Any]:
     tell(Stage("sizing the model"))
     build.device(recipe.model.device)
     model = sized(recipe, material.labels)
-    attach(model, recipe.method).detach()
+    attach(model, recipe.method, padding_free=recipe.data.padding_free).detach()
     settings = arguments(recipe, RunFolder(default_folder(recipe)))
     train = material.examples["train"]
     total, per_epoch = step_counts(len(train), settings)

@@ -203,13 +203,8 @@ def _self_check(begun: Begun) -> dict[str, Any]:
     model, collate = _adapted(trainer), trainer.data_collator
     count = min(CHECKED, trainer.args.per_device_train_batch_size, len(rows))
     batch = trainer._prepare_inputs(collate([rows[n] for n in range(count)]))
-
-    def forward() -> Any:
-        with trainer.compute_loss_context_manager():
-            return model(**batch)
-
     with out_of_memory_explained(begun.recipe):
-        found = self_check(model, batch, forward) | {"rows": count}
+        found = self_check(model, batch, lambda: trainer.once(model, batch)) | {"rows": count}
     begun.tell(
         Notice(
             f"the method was checked on {found['rows']} rows in {found['seconds']:.1f} s: every site acts, eval mode is inert, "
@@ -277,7 +272,6 @@ def _watcher(
     tell: Listener,
 ) -> looks.Looks:
     settings, model = trainer.args, _adapted(trainer)
-    precision = torch.bfloat16 if settings.bf16 else torch.float16 if settings.fp16 else None
 
     def look_at(split: str) -> Predictions | Completions:
         name = {"train_probe": "the probe", "validation": "validation"}[split]
@@ -289,7 +283,6 @@ def _watcher(
             batch_size=settings.per_device_eval_batch_size,
             write_text=recipe.diagnostics.generate is not None,
             limit=recipe.diagnostics.generate,
-            precision=precision,
             tell=tell,
             looking=f"looking at {name}",
             writing=f"writing for {name}",

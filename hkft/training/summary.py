@@ -56,7 +56,8 @@ def summarise(
     curve = watcher.curve
     best, final = watcher.best, curve[-1] if curve else None
     found = verdict(from_records(map(as_record, curve)), metric=metric(recipe))
-    seconds = watcher.clock.seconds() if watcher.clock.started else 0.0
+    begun = watcher.clock.started
+    seconds, part = (watcher.clock.seconds(), watcher.clock.part()) if begun else (watcher.clock.before, 0.0)
     samples, tokens = watcher.counters()
 
     def sets(seen: Evaluated | None) -> dict[str, Any] | None:
@@ -83,8 +84,8 @@ def summarise(
         "sites": trainer.attachment.report(),
         "train_runtime_s": seconds,
         "eval_runtime_s": watcher.clock.outside,
-        "train_samples_per_s": samples / seconds if seconds else None,
-        "train_tokens_per_s": tokens / seconds if seconds else None,
+        "train_samples_per_s": samples / part if part else None,
+        "train_tokens_per_s": tokens / part if part else None,
         "peak_memory_bytes": environment.peak_memory(trainer.args.device),
         **facts,
     }

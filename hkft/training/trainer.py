@@ -14,7 +14,7 @@ from transformers import Trainer as TransformersTrainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hkft.dropout.attach import attach
-from hkft.dropout.method import Method
+from hkft.dropout.method import Consistency, Method
 from hkft.errors import DataError, DivergedError
 from hkft.model.vocabulary import Vocabulary
 from hkft.training.objective import IGNORED, Objective, learns_tokens, objective, token_objective
@@ -62,9 +62,9 @@ class Trainer(TransformersTrainer):
             warnings.warn(
                 "every dropout rate is 0: two passes would be equal, so the consistency loss is left out", stacklevel=2
             )
-        self.tokens_seen: Tensor | int = 0
-        self.samples_seen: Tensor | int = 0
-        self._parts: list[tuple[Tensor, Tensor, Tensor | None]] = []  # items, task loss, consistency
+        self.samples_seen = self.tokens_seen = 0  # of all processes, up to the last log
+        self._sums: Tensor | None = None  # since then: items, task losses and consistency over them
+        self._counts: Tensor | None = None  # since then: samples, tokens
         self._vocabulary: Vocabulary | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -100,7 +100,7 @@ class Trainer(TransformersTrainer):
             return found
 
         if not return_outputs and self._on_tokens(model, labels):
-            result = self._tokens(model, inputs)
+            result = self._tokens(model, inputs, self.consistency)
         else:
             result = objective(model, forward, consistency, labels)
         if model.training:
@@ -113,13 +113,21 @@ class Trainer(TransformersTrainer):
         plain = model.training and self.compute_loss_func is None
         return plain and labels is not None and labels.ndim == 2 and learns_tokens(model)
 
-    def _tokens(self, model: nn.Module, inputs: dict[str, Any]) -> Objective:
+    def once(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """One pass over a batch as training makes it, without the consistency: its loss, and the model's outputs or states."""
+        with self.compute_loss_context_manager():
+            if not learns_tokens(model):
+                return model(**inputs)
+            found = self._tokens(model, inputs, None)
+            return {"loss": found.loss, **found.outputs}
+
+    def _tokens(self, model: nn.Module, inputs: dict[str, Any], consistency: Consistency | None) -> Objective:
         if self._vocabulary is None:
             whole = self.is_fsdp_enabled or self.is_deepspeed_enabled or bool(self.args.torch_compile)
             self._vocabulary = Vocabulary(self.accelerator.unwrap_model(model), whole)
         with self.accelerator.autocast():
             smoothing = self.args.label_smoothing_factor
-            return token_objective(model, self._vocabulary, inputs, self.consistency, smoothing)
+            return token_objective(model, self._vocabulary, inputs, consistency, smoothing)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's step; a loss that is NaN or inf stops here, before the optimizer has moved anything."""
@@ -138,15 +146,22 @@ class Trainer(TransformersTrainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._parts:
-            items = torch.stack([count for count, _, _ in self._parts])
-            weights = items / items.sum()
-            logs["task_loss"] = float(torch.stack([task for _, task, _ in self._parts]) @ weights)
-            terms = [term for _, _, term in self._parts if term is not None]
-            if terms:
-                logs["consistency"] = float(torch.stack(terms) @ weights)
-            self._parts.clear()
+        if self._sums is not None and self._counts is not None:
+            items, task, apart = self._of_all(self._sums)
+            samples, tokens = self._of_all(self._counts)
+            self.samples_seen, self.tokens_seen = self.samples_seen + int(samples), self.tokens_seen + int(tokens)
+            if "loss" in logs:
+                logs["task_loss"] = task / items
+                if self.consistency is not None:
+                    logs["consistency"] = apart / items
+            self._sums = self._counts = None
         super().log(logs, start_time)
+
+    def _of_all(self, numbers: Tensor) -> list[float]:
+        """Summed over the processes, each of which has seen rows of its own."""
+        summed = self.accelerator.reduce(numbers, "sum")
+        assert isinstance(summed, Tensor)
+        return summed.tolist()
 
     def _share(self, labels: Tensor | None, num_items: Tensor | int | None) -> Tensor:
         """The part of the accumulated batch's items that this micro-batch holds."""
@@ -162,9 +177,13 @@ class Trainer(TransformersTrainer):
         mask, places, labels = (inputs.get(key) for key in ("attention_mask", "position_ids", "labels"))
         tokens = inputs["input_ids"]
         flat = mask is None and places is not None and len(tokens) == 1  # rows end to end, each from place 0
-        self.tokens_seen = self.tokens_seen + (tokens.numel() if mask is None else mask.sum())
-        self.samples_seen = self.samples_seen + (len(tokens) if not flat else (places == 0).sum())
-        items = task.new_ones((), dtype=torch.float32) if labels is None else self._items(labels).float()
-        self._parts.append(
-            (items, task.detach().float(), None if consistency is None else consistency.detach().float())
-        )
+        seen = [
+            (places == 0).sum() if flat else tokens.new_full((), len(tokens)),
+            tokens.new_full((), tokens.numel()) if mask is None else mask.sum(),
+        ]
+        items = task.new_ones(()) if labels is None else self._items(labels)
+        apart = task.new_zeros(()) if consistency is None else consistency.detach()
+        sums = torch.stack([items.float(), items * task.detach().float(), items * apart.float()])
+        counts = torch.stack([number.long() for number in seen])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._counts = counts if self._counts is None else self._counts + counts

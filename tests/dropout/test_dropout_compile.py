@@ -62,6 +62,12 @@ for kind, build in MODELS.items():
             "measured": [site["measured"] for site in reports],
             "away": max((a - b).abs().max().item() for a, b in zip([eager, *again], [outputs[-1], *gradients])),
         }
+        if kind == "bert":
+            torch._dynamo.reset()
+            with attach(model, Method(sites), rate=0.3):
+                compiled = torch.compile(model, backend=CompileCounter(), fullgraph=True)
+                shapes = [list(compiled(input_ids=ids[:, :length])[0].shape) for length in (12, 9, 11, 7)]
+            found[f"{kind} {name}"]["lengths"] = [shape[1] for shape in shapes]
 print(json.dumps(found))
 """
 NAMES = [f"{kind} {name}" for kind in ("bert", "llama") for name in ("hiddenkey-", "dropattention", "spans")] + [
@@ -85,3 +91,8 @@ def test_one_graph_true_counts_and_eagers_numbers(found: dict[str, Any], name: s
     assert set(result["calls"]) == {80}
     assert result["measured"] == pytest.approx([0.3] * len(result["measured"]), abs=0.05)
     assert result["away"] < 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("bert")])
+def test_batches_of_other_lengths_are_compiled_too(found: dict[str, Any], name: str) -> None:
+    assert found[name]["lengths"] == [12, 9, 11, 7]

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig
 
 from hkft import api
 from hkft.data import splits, tokenise
-from hkft.evaluation import completions, generate, saved
+from hkft.evaluation import completions, generate, saved, stream
 from hkft.evaluation.texts import bleu
 from hkft.events import Notice, Stage, silent
 from hkft.folder import RunFolder, read_json
@@ -107,6 +108,33 @@ def test_the_recipe_s_settings_reach_transformers(parts, recipe):
     assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 0.7, 5, 1.0)
 
 
+def test_what_the_checkpoint_asks_of_generate_is_not_asked(parts, recipe):
+    """A stop string, several texts a prompt, a record in place of tokens: a published checkpoint may name any of them."""
+    model, tokenizer, _ = parts
+    inner = model.base_model.model
+    expected = generate.generate(model, tokenizer, [[5, 6, 7]], recipe.generation)
+    own = GenerationConfig(
+        stop_strings=["a"], num_return_sequences=2, num_beams=2, return_dict_in_generate=True, min_new_tokens=20,
+        suppress_tokens=list(range(5, 200)), eos_token_id=2,
+    )  # fmt: skip
+    inner.generation_config = own
+    assert generate.generate(model, tokenizer, [[5, 6, 7]], recipe.generation) == expected
+    assert inner.generation_config is own
+
+
+def test_an_end_that_is_no_special_token_ends_the_text_all_the_same(parts, recipe, monkeypatch):
+    model, tokenizer, _ = parts
+    letters = tokenizer("stop")["input_ids"]
+    end = tokenizer("!")["input_ids"][0]
+    model.base_model.model.generation_config.eos_token_id = end
+    monkeypatch.setattr(
+        type(model.base_model.model),
+        "generate",
+        lambda self, input_ids, **_: torch.cat([input_ids, torch.tensor([[*letters, end, 0, 0]])], 1),
+    )
+    assert generate.generate(model, tokenizer, [[5, 6, 7]], recipe.generation) == ["stop"]
+
+
 def test_drawn_text_hangs_on_the_seed_and_leaves_the_random_stream_alone(parts, recipe):
     model, tokenizer, _ = parts
     drawn = recipe.replace("generation.do_sample=true", "generation.temperature=1.5").generation
@@ -179,6 +207,19 @@ def test_a_run_tells_the_gap_per_token_and_on_request_of_the_text_of_both(run):
     assert set(kept[0]) == {"id", "prompt", "label", "prediction", "loss", "tokens"}
     assert sum(row["prediction"] is not None for row in kept) == 9  # three prompts with three completions each
     assert "perplexity" in run.report.read_text()
+
+
+def test_eval_and_predict_look_under_the_precision_of_training(generation_file, tmp_path, monkeypatch):
+    run = api.train(generation_file, ["train.bf16=true"], output=tmp_path / "half")
+    best = read_json(run.summary)["best"]["validation"]
+    loaded = saved.load_saved(run.path)
+    assert saved.evaluate(loaded).metrics()["loss"] == pytest.approx(best["loss"], rel=1e-7)
+    seen = []
+    own = stream.generate
+    monkeypatch.setattr(stream, "generate", lambda *a, **k: seen.append(k["precision"]) or own(*a, **k))
+    record = {"meaning": "x"}
+    list(stream.predictions(loaded, [record], "here", silent))
+    assert seen == [torch.bfloat16]
 
 
 def test_eval_has_the_numbers_that_training_saw(run):

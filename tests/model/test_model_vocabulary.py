@@ -76,6 +76,25 @@ def test_scaled_logits_are_seen(batch):
     assert not Vocabulary(frozen(transformers.CohereForCausalLM(config))).plain
 
 
+def test_a_model_that_turns_its_logits_to_float32_keeps_its_head():
+    config = transformers.MambaConfig(vocab_size=90, hidden_size=32, num_hidden_layers=1, state_size=4)
+    model = frozen(transformers.MambaForCausalLM(config))
+    assert Vocabulary(model).plain
+    assert not Vocabulary(frozen(transformers.MambaForCausalLM(config)).to(torch.bfloat16)).plain
+
+
+def test_the_proof_is_made_once_a_head(monkeypatch):
+    model, proofs = frozen(llama()), []
+    own = Vocabulary._hands_on
+    monkeypatch.setattr(Vocabulary, "_hands_on", lambda self: proofs.append(1) or own(self))
+    assert Vocabulary(model).plain
+    assert Vocabulary(model).plain
+    assert len(proofs) == 1
+    model.lm_head = nn.Sequential(nn.Linear(32, 90, bias=False), nn.Tanh()).requires_grad_(False)
+    assert Vocabulary(model).plain
+    assert len(proofs) == 2
+
+
 def test_a_head_that_is_trained_is_left_in_the_model():
     model = llama()
     assert not Vocabulary(model).plain

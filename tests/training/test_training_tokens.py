@@ -18,6 +18,8 @@ from hkft.dropout.consistency import LOSSES
 from hkft.errors import DataError
 from hkft.model import vocabulary as vocabulary_module
 from hkft.model.vocabulary import Vocabulary
+from hkft.recipe import load
+from hkft.training import run
 from hkft.training.objective import learns_tokens, token_objective
 
 CONFIG = LlamaConfig(
@@ -201,6 +203,19 @@ def test_a_batch_without_a_label_is_an_error_and_no_loss_of_zero(flat, tmp_path)
         trained(fresh(), tmp_path, flat=flat, data=masked, per_device_train_batch_size=8)
 
 
+def test_the_self_check_of_a_run_holds_no_more_logits_than_a_step(generation_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(vocabulary_module, "NUMBERS", 261 * 7)
+    begun = run.begin(load(generation_file, ["dropout.method=hiddenkey"]), tmp_path / "run")
+    head, most = begun.trainer.model.get_output_embeddings(), []
+    inner = begun.trainer.model.base_model.model
+    inner.register_forward_hook(lambda _m, _a, out: most.append(out.logits.shape[-1]))
+    own = head.forward
+    monkeypatch.setattr(head, "forward", lambda x: most.append(x.numel() // x.shape[-1]) or own(x))
+    assert run._self_check(begun)["self_check"]["rows"] > 1
+    assert len(most) > 20
+    assert max(most) <= 64  # hidden size: the head was left out, and given 7 tokens at a time
+
+
 def test_hkfts_own_collator_lays_rows_end_to_end():
     given = [
         {**row, "id": 1, "length": 3, "prompt": "a", "completion": "b", "prompt_length": 2} for row in rows((4, 6))
@@ -237,8 +252,8 @@ diagnostics: {{evals_per_epoch: 1}}
 """,
         encoding="utf-8",
     )
-    run = hkft.train(recipe, output=tmp_path / "run")
-    seen = saved.evaluate(saved.load_saved(run.path))
+    learned = hkft.train(recipe, output=tmp_path / "run")
+    seen = saved.evaluate(saved.load_saved(learned.path))
     answers = {row["prompt"]: (row["label"], row["prediction"]) for row in seen.records()}
     assert len(answers) == 5  # "lu" has nothing to say, and was left out
     assert all(label == prediction for label, prediction in answers.values()), answers
