@@ -20,7 +20,7 @@ from hkft.evaluation.look import look
 from hkft.evaluation.predict import Predictions
 from hkft.events import Listener, Notice, Stage, silent
 from hkft.folder import RunFolder, read_json, write_jsonl
-from hkft.model import build
+from hkft.model import build, memory
 from hkft.recipe import Recipe, load
 
 
@@ -88,8 +88,9 @@ def load_saved(
     tell(Stage(f"loading {read.model.name}"))
     tokenizer = build.tokenizer(read)
     tokenise.ensure_padding(tokenizer, silent)
-    base = build.base(read, labels, build.padding_id(tokenizer))
-    model = _adapted(base, adapter).eval()
+    with memory.while_loading(read):
+        base = build.base(read, labels, build.padding_id(tokenizer))
+        model = _adapted(base, adapter).eval()
     return Saved(model, tokenizer, read, labels, folder, adapter)
 
 
@@ -115,18 +116,19 @@ def evaluate(saved: Saved, split: str = "validation", tell: Listener = silent) -
 
     Of a decoder also the text it writes, and the scores of `generation.metrics`, unless that is empty.
     """
-    recipe = saved.recipe
-    seen = look(
-        saved.model,
-        saved.tokenizer,
-        examples_of(saved, split, tell),
-        recipe,
-        batch_size=recipe.train["per_device_eval_batch_size"],
-        write_text=bool(recipe.generation.metrics),
-        tell=tell,
-        looking=f"evaluating {split}",
-        writing=f"writing for {split}",
-    )
+    recipe, examples = saved.recipe, examples_of(saved, split, tell)
+    with memory.while_looking(recipe):
+        seen = look(
+            saved.model,
+            saved.tokenizer,
+            examples,
+            recipe,
+            batch_size=recipe.train["per_device_eval_batch_size"],
+            write_text=bool(recipe.generation.metrics),
+            tell=tell,
+            looking=f"evaluating {split}",
+            writing=f"writing for {split}",
+        )
     if isinstance(seen, Completions) and seen.written and seen.written.signature:
         tell(Notice(f"BLEU is sacrebleu's {seen.written.signature}"))
     return seen

@@ -21,7 +21,7 @@ from hkft.evaluation.generate import generate
 from hkft.evaluation.predict import predict
 from hkft.evaluation.saved import Saved
 from hkft.events import Event, Listener, Notice, Stage
-from hkft.model import build
+from hkft.model import build, memory
 
 Record = dict[str, Any]
 
@@ -50,7 +50,8 @@ def predictions(saved: Saved, given: Iterable[Record], where: str, tell: Listene
     while broken is None:
         batch, broken = _taken(source, size)
         if batch:
-            found = _of_batch(saved, batch, done, where, tell)
+            with memory.while_looking(recipe):
+                found = _of_batch(saved, batch, done, where, tell)
             for number, record in enumerate(batch):
                 yield {**record, **found.get(number, {"prediction": None})}
             done += len(batch)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from hkft.errors import CheckFailedError, DivergedError, OutOfMemoryError, SetupError, UsageError, nearest
+from hkft.errors import CheckFailedError, DivergedError, SetupError, UsageError, nearest
 from hkft.evaluation.predict import Predictions
 from hkft.events import Listener, Notice, Stage, silent
 from hkft.folder import SCHEMA_VERSION, jsonable, read_json, write_json, write_text
 from hkft.merging import loading, place, verification
 from hkft.merging.card import card, shown
+from hkft.model.memory import out_of_memory
 from hkft.recipe import Recipe
 
 
@@ -83,7 +83,8 @@ def merge(
     target = Path(output).expanduser().resolve()
     place.check(target, origin.keep, force)
     place.check(_unverified(target), origin.keep, force=True)
-    with _out_of_memory_explained(), place.beside(target) as partial:
+    memory = out_of_memory("merging", "--set model.device=cpu merges in the machine's own memory")
+    with memory, place.beside(target) as partial:
         reference = _write(origin, partial, dtype, verify, tell)
         record = _verified(reference, partial, tell)
         _describe(origin, reference, partial, target.name, record)
@@ -234,13 +235,3 @@ def _check_dtype(dtype: str | None) -> None:
             allowed=", ".join(loading.DTYPES),
             hint=nearest(dtype, loading.DTYPES),
         )
-
-
-@contextmanager
-def _out_of_memory_explained() -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemoryError(
-            "out of memory while merging", hint="--set model.device=cpu merges in the machine's own memory"
-        ) from error

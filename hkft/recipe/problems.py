@@ -102,4 +102,6 @@ def _quotes(error: Any) -> str | None:
         return "remove the quotes"
     if error["type"] == "string_type" and isinstance(value, int | float):
         return "put it in quotes"
+    if error["type"] == "string_type" and isinstance(value, dict):
+        return "YAML reads {...} as keys and values: put a text that begins with a bracket in quotes"
     return None

@@ -76,5 +76,5 @@ def sized(recipe: Recipe, labels: tuple[str, ...] | None) -> Any:
     config = build.configuration(recipe, labels)
     with torch.device("meta"):
         base = build.auto_class(recipe.task).from_config(config)
-    build.check_decoder(recipe, base)
-    return build.with_lora(base, recipe.replace("model.quantization=none"))
+        build.check_decoder(recipe, base)
+        return build.with_lora(base, recipe.replace("model.quantization=none"))

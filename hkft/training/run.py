@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PrinterCallback, set_seed
 
 from hkft.data import tokenise
 from hkft.dropout.method import Method
 from hkft.dropout.selfcheck import self_check
-from hkft.errors import HkftError, OutOfMemoryError, RecipeError, SetupError, UsageError
+from hkft.errors import HkftError, RecipeError, SetupError, UsageError
 from hkft.evaluation.completions import Completions
 from hkft.evaluation.look import look
 from hkft.evaluation.predict import Predictions
@@ -29,7 +28,7 @@ from hkft.folder import (
     write_jsonl,
     write_text,
 )
-from hkft.model import build
+from hkft.model import build, memory
 from hkft.recipe import Recipe
 from hkft.training import environment, looks
 from hkft.training.prepare import Material, arguments, check_criterion, prepare, step_counts
@@ -82,8 +81,9 @@ def begin(recipe: Recipe, output: str | Path | None = None, *, resume: bool = Fa
     check_criterion(recipe, material)
     heard(Stage(f"loading {recipe.model.name}"))
     set_seed(recipe.seed)
-    base = build.base(recipe, material.labels, build.padding_id(material.tokenizer))
-    model = build.with_lora(base, recipe)
+    with memory.while_loading(recipe):
+        base = build.base(recipe, material.labels, build.padding_id(material.tokenizer))
+        model = build.with_lora(base, recipe)
     with _nothing_left(folder.path):
         trainer = _trainer(recipe, material, model, folder, heard)
         _open(folder, recipe, material, resume)
@@ -172,7 +172,7 @@ def _fit(begun: Begun) -> None:
     try:
         facts |= _self_check(begun)
         environment.forget_peak(trainer.args.device)
-        with out_of_memory_explained(recipe), looks.StopOnSignal(watcher):
+        with memory.while_training(recipe), looks.StopOnSignal(watcher):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         status = "interrupted" if watcher.interrupted is not None else "finished"
     except HkftError as error:
@@ -203,7 +203,7 @@ def _self_check(begun: Begun) -> dict[str, Any]:
     model, collate = _adapted(trainer), trainer.data_collator
     count = min(CHECKED, trainer.args.per_device_train_batch_size, len(rows))
     batch = trainer._prepare_inputs(collate([rows[n] for n in range(count)]))
-    with out_of_memory_explained(begun.recipe):
+    with memory.while_training(begun.recipe):
         found = self_check(model, batch, lambda: trainer.once(model, batch)) | {"rows": count}
     begun.tell(
         Notice(
@@ -220,7 +220,7 @@ def _trainer(recipe: Recipe, material: Material, model: PeftModel, folder: RunFo
     if step_counts(len(material.examples["train"]), settings)[0] < 1:
         raise RecipeError("there is no step to train", where="train.num_train_epochs", allowed="more than 0")
     try:
-        with out_of_memory_explained(recipe):
+        with memory.while_training(recipe):
             return Trainer(
                 model=model,
                 args=settings,
@@ -316,21 +316,3 @@ def _take_up(folder: RunFolder, watcher: looks.Looks, checkpoint: Path | None) -
         watcher.curve.append(Evaluated(**record))
     if folder.summary.exists():
         watcher.clock.before = float(read_json(folder.summary).get("train_runtime_s") or 0.0)
-
-
-@contextmanager
-def out_of_memory_explained(recipe: Recipe) -> Iterator[None]:
-    """Turn torch's out-of-memory into hkft's, with what to do about it."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "not enough memory" not in str(error):
-            raise
-        batch = recipe.train["per_device_train_batch_size"]
-        raise OutOfMemoryError(
-            "out of memory while training",
-            where="train.per_device_train_batch_size",
-            found=str(batch),
-            hint=f"--set train.per_device_train_batch_size={max(1, batch // 2)} --set train.gradient_accumulation_steps=2, "
-            "--set train.gradient_checkpointing=true, or --set model.quantization=4bit",
-        ) from error

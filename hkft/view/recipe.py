@@ -35,7 +35,7 @@ def show_plan(plan: Mapping[str, Any]) -> None:
                 "rows",
                 f"{rows['train']:,} to train on, {rows['validation']:,} to validate, {rows['train_probe']:,} probed",
             ],
-            ["labels", _labels(plan)],
+            *([] if plan["example"] else [["labels", _labels(plan)]]),
             ["in both sets", f"{plan['duplicates']:,} validation rows"],
             ["steps", f"{plan['steps']:,} ({plan['steps_per_epoch']:,} an epoch), {plan['evaluations']} evaluations"],
             ["tokens", f"{tokens['mean']:.1f} a row, {tokens['longest']} at most, {tokens['trained']:,} trained on"],
@@ -51,8 +51,6 @@ def show_plan(plan: Mapping[str, Any]) -> None:
 
 
 def _labels(plan: Mapping[str, Any]) -> str:
-    if plan["example"]:
-        return "text"
     return ", ".join(plan["labels"]) if plan["labels"] else "a number"
 
 
