@@ -43,6 +43,7 @@ def plan(recipe: Recipe, tell: Listener) -> dict[str, Any]:
         "method": recipe.method.name,
         "output": str(default_folder(recipe)),
         "rows": {name: len(examples) for name, examples in material.examples.items()},
+        "prompts": _prompts(recipe, material),
         "labels": list(material.labels) if material.labels else None,
         "example": _example(recipe, material),
         "duplicates": material.duplicates,
@@ -62,6 +63,13 @@ def plan(recipe: Recipe, tell: Listener) -> dict[str, Any]:
             "activations_of_the_longest_batch": longest * hidden * layers * ACTIVATIONS * 4,
         },
     }
+
+
+def _prompts(recipe: Recipe, material: Material) -> dict[str, int] | None:
+    """How many different prompts each set has: text is written once for each."""
+    if recipe.task != "generation":
+        return None
+    return {name: len(set(examples["prompt"])) for name, examples in material.examples.items()}
 
 
 def _example(recipe: Recipe, material: Material) -> list[dict[str, Any]] | None:

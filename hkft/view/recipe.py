@@ -24,18 +24,15 @@ def show_provenance(recipe: Recipe) -> None:
 
 def show_plan(plan: Mapping[str, Any]) -> None:
     """What `hkft check` found out."""
-    rows, tokens, parameters = plan["rows"], plan["tokens"], plan["parameters"]
+    tokens, parameters = plan["tokens"], plan["parameters"]
     memory = plan["memory_bytes_estimate"]
     passes = "1 forward pass" if plan["passes_per_step"] == 1 else f"{plan['passes_per_step']} forward passes"
     table(
         ["plan", ""],
         [
             ["method", f"{plan['method']}, {passes} a step"],
-            [
-                "rows",
-                f"{rows['train']:,} to train on, {rows['validation']:,} to validate, {rows['train_probe']:,} probed",
-            ],
-            *([] if plan["example"] else [["labels", _labels(plan)]]),
+            ["rows", _sets(plan["rows"])],
+            ["prompts", _sets(plan["prompts"])] if plan["prompts"] else ["labels", _labels(plan)],
             ["in both sets", f"{plan['duplicates']:,} validation rows"],
             ["steps", f"{plan['steps']:,} ({plan['steps_per_epoch']:,} an epoch), {plan['evaluations']} evaluations"],
             ["tokens", f"{tokens['mean']:.1f} a row, {tokens['longest']} at most, {tokens['trained']:,} trained on"],
@@ -48,6 +45,10 @@ def show_plan(plan: Mapping[str, Any]) -> None:
         ],
         plan["recipe"],
     )
+
+
+def _sets(counts: Mapping[str, int]) -> str:
+    return f"{counts['train']:,} to train on, {counts['validation']:,} to validate, {counts['train_probe']:,} probed"
 
 
 def _labels(plan: Mapping[str, Any]) -> str:

@@ -144,7 +144,10 @@ def test_check_shows_a_decoder_s_example_and_refuses_an_encoder(hkft, generation
     ran = hkft("check", "--recipe", generation_file)
     assert ran.code == 0
     assert "->[[ " in ran.err
-    pieces = hkft("check", "--recipe", generation_file, "--json").document["example"]
+    document = hkft("check", "--recipe", generation_file, "--json").document
+    pieces = document["example"]
+    rows, prompts = document["rows"], document["prompts"]
+    assert [rows[name] / count for name, count in prompts.items()] == [3.0, 3.0, 3.0]  # texts of each prompt
     assert [piece["learned"] for piece in pieces] == [False, True]
     assert pieces[1]["text"].endswith("</s>")
     refused = hkft("check", "--recipe", generation_file, "--set", f"model.name={tiny_bert}")
