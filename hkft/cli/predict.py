@@ -34,6 +34,7 @@ def predict(
 ) -> None:
     """Use what was trained: every line in comes out with its prediction, in order and as soon as its batch is done."""
     from hkft.errors import UsageError
+    from hkft.events import Notice
     from hkft.view.terminal import view
 
     if json and output == "-":
@@ -47,5 +48,7 @@ def predict(
         loaded = saved.load_saved(source, checkpoint=checkpoint, recipe=recipe, overrides=set or (), tell=tell)
         where = "stdin" if input == "-" else input
         count = sum(map(write, stream.predictions(loaded, stream.records(lines, where), where, tell)))
+        if not count:
+            tell(Notice(f"{where} has no line", "warning"))
     if json:
         show_json({"source": source, "checkpoint": checkpoint, "rows": count, "output": output})

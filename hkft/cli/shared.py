@@ -104,7 +104,10 @@ def lines_in(path: str) -> Iterator[Iterable[str]]:
 
 @contextmanager
 def lines_out(path: str) -> Iterator[Callable[[Mapping[str, Any]], int]]:
-    """Writes a record as a line of JSON, to a file, or to stdout for "-", and gives back 1, so that a sum counts them."""
+    """Writes a record as a line of JSON, to a file, or to stdout for "-", and gives back 1, so that a sum counts them.
+
+    A file has its name once all is written; till then, and where that fails, it is called `<name>.partial`.
+    """
     from hkft.folder import jsonable
 
     def write(record: Mapping[str, Any], file: TextIO) -> int:
@@ -115,9 +118,11 @@ def lines_out(path: str) -> Iterator[Callable[[Mapping[str, Any]], int]]:
     if path == "-":
         yield functools.partial(write, file=sys.stdout)
         return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with Path(path).open("w", encoding="utf-8") as file:
+    partial = Path(f"{path}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("w", encoding="utf-8") as file:
         yield functools.partial(write, file=file)
+    partial.replace(path)
 
 
 def show_json(document: Any) -> None:

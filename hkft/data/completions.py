@@ -56,7 +56,7 @@ class Written:
     asked: str
     earlier: list[tuple[int, int]]
     answer: str
-    ended: bool  # the template says where the answer ends
+    ended: bool  # the template ends it with a token that generation stops at
 
 
 class Encoder:
@@ -81,7 +81,8 @@ class Encoder:
         dressed = self._tokens(["a"], special=True)[0]
         self.front = next((dressed[:n] for n in range(len(dressed)) if dressed[n : n + len(one)] == one), [])
         self.lead = [] if inside[len(inside) - len(one) :] == one else lead
-        self.closing = self._closing() if tokenizer.chat_template else ""
+        self.opening, self.closing = self._around() if tokenizer.chat_template else ("", "")
+        self.stops = self.turn_end() is not None or self.end in self._tokens([self.closing])[0]
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """With the tokens that the tokenizer puts in front of every text, and none that it puts behind."""
@@ -117,6 +118,15 @@ class Encoder:
             found.append(Encoded(prompt, labels, completion if chat.ended else self._ended(completion)))
         return found
 
+    def said(self, text: str) -> str:
+        """What the assistant says in a text that it wrote, without what the template puts around every answer."""
+        before, after = (
+            str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+            for tokens in self._tokens([self.opening, self.closing])
+        )
+        text = text.strip().removeprefix(before)
+        return (text.partition(after)[0] if after else text).strip()
+
     def turn_end(self) -> int | None:
         """The token that the template ends an answer with; None where it is no token of its own, or nothing."""
         tokens = self._tokens([self.closing.strip()])[0]
@@ -138,7 +148,7 @@ class Encoder:
             answer = ("" if asked.endswith(space) else space) + whole[place[0] :]
         spans = [self._span(turns[:-1], n, asked, where) for n in _answers(turns[:-1])]
         self.unlearned += spans.count(None)
-        ended = bool(self.closing) or not answer.endswith(turns[-1]["content"].rstrip())
+        ended = self.stops or (not self.closing and not answer.endswith(turns[-1]["content"].rstrip()))
         return Written(asked, [span for span in spans if span], answer, ended)
 
     def _span(self, turns: Chat, n: int, text: str, where: str) -> tuple[int, int] | None:
@@ -158,13 +168,18 @@ class Encoder:
         begin, end = place
         return begin, end + len(self.closing) if text.startswith(self.closing, end) else end
 
-    def _closing(self) -> str:
-        """What the template writes after an answer, but for white space at the end."""
+    def _around(self) -> tuple[str, str]:
+        """What the template writes between asking for an answer and the answer, and after it, but for white space there.
+
+        Qwen3's, for one, puts an empty thought before every answer.
+        """
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
         try:
-            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
-            return self._rendered(turns, False, "").rpartition(MARK)[2].rstrip()
+            asked, whole = self._rendered(turns[:1], True, ""), self._rendered(turns, False, "")
         except DataError:
-            return ""
+            return "", ""
+        before, _, after = whole.rpartition(MARK)
+        return before[len(asked) :] if before.startswith(asked) else "", after.rstrip()
 
     def _rendered(self, turns: Chat, answer: bool, where: str) -> str:
         try:

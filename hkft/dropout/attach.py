@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hkft.dropout import families, interface
+from hkft.dropout import padding_free as end_to_end
 from hkft.dropout.dropper import CountHook, DropHook, Dropper
 from hkft.dropout.method import LORA, PER_LAYER, Method, Site
 from hkft.dropout.named import find
@@ -103,7 +104,7 @@ class Attachment:
             if name in dropouts:
                 dropouts[name] = nn.Identity()
         for layer in self.family.layers:
-            for name in (interface.SITE, interface.GUIDE, interface.FLAT):
+            for name in (interface.SITE, interface.GUIDE, end_to_end.FLAT):
                 layer.attention.__dict__.pop(name, None)
         delattr(self.family.model, _ATTACHMENT)
         _LIVE.discard(self)
@@ -163,7 +164,7 @@ def attach(
     if seed is not None:
         refuse_checkpointing(family.model)
     if padding_free:
-        _refuse_end_to_end(family, method)
+        end_to_end.refuse(family, method)
     attachment = Attachment(family, method, [])
     setattr(family.model, _ATTACHMENT, attachment)
     try:
@@ -178,6 +179,8 @@ def attach(
             with _LOCK:
                 attachment.backends = interface.enter(family)
                 _LIVE.add(attachment)
+        if padding_free:
+            end_to_end.prove(family)
     except BaseException:
         attachment.detach()
         raise
@@ -255,28 +258,12 @@ def _lay_end_to_end(attachment: Attachment, model: nn.Module) -> None:
     """Let attention go row by row, and nothing be cached. PEFT's wrapper calls `forward` of what it wraps: hooks see it not."""
     family = attachment.family
     for layer in family.layers:
-        layer.attention.__dict__[interface.FLAT] = True
+        layer.attention.__dict__[end_to_end.FLAT] = True
     called = {model, family.model, family.model.base_model}
     for each in called:
         if isinstance(each, PreTrainedModel) or hasattr(each, "peft_config"):
-            handle = each.register_forward_pre_hook(interface.without_cache, with_kwargs=True)
+            handle = each.register_forward_pre_hook(end_to_end.without_cache, with_kwargs=True)
             attachment._handles.append(handle)
-
-
-def _refuse_end_to_end(family: families.Family, method: Method) -> None:
-    if not all(layer.causal for layer in family.layers):
-        raise MethodError(
-            f"{type(family.model).__name__} looks both ways: rows laid end to end are for decoders",
-            where="padding_free",
-        )
-    for site in method.sites:
-        if site.pattern == "span" and not site.position.startswith("attention_"):
-            raise MethodError(
-                "a span of tokens would run across rows laid end to end",
-                where=f"pattern of {site.position}",
-                found="span",
-                allowed="element, column, or batches with padding",
-            )
 
 
 def _refuse_span(family: families.Family, layer: families.Layer, site: Site) -> None:

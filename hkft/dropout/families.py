@@ -45,6 +45,13 @@ class Family:
     model: PreTrainedModel
     layers: tuple[Layer, ...]
 
+    @property
+    def text(self) -> tuple[Layer, ...]:
+        """The layers of the decoder that writes, where the model sees or hears as well; elsewhere all of them."""
+        decoder = self.model if self.model.config.is_encoder_decoder else self.model.get_decoder()
+        within = {*decoder.modules()}
+        return tuple(layer for layer in self.layers if layer.block in within) or self.layers
+
     def chosen(self, layers: str | tuple[int, ...]) -> list[list[int]]:
         """Indices of the layers that a `Site.layers` names, stack by stack: an encoder and its decoder are two.
 

@@ -12,12 +12,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import create_position_bias_mask, repeat_kv, sdpa_attention_forward
 
@@ -25,11 +23,11 @@ from hkft.dropout import attention
 from hkft.dropout.dropper import Dropper
 from hkft.dropout.families import Family, Layer, source
 from hkft.dropout.hidden import most_attended
+from hkft.dropout.padding_free import FLAT, row_lengths, rows
 from hkft.dropout.protect import allowed, given_back, protect
 from hkft.errors import MethodError
 
 SITE = "_hkft_site"  # on an attention module: the Dropper of its own position
-FLAT = "_hkft_flat"  # on an attention module: batches may come as rows laid end to end, [1,T]
 GUIDE = "_hkft_guide"  # on an attention module: the Dropper whose spans begin at tokens that this attention looks at
 _BACKENDS = ("sdpa", "eager")  # what hkft can stand in for
 PREFIX = "hkft_"
@@ -150,58 +148,12 @@ def _refuse_backend(layer: Layer) -> None:
 def _attend_sdpa(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> Any:
-    lengths = _row_lengths(query, key, kwargs) if FLAT in module.__dict__ else None
+    lengths = row_lengths(query, key, attention_mask, kwargs) if FLAT in module.__dict__ else None
     if lengths is None:
         return _attend(sdpa_attention_forward, module, query, key, value, attention_mask, **kwargs)
-    q, k, v = (_rows(x, lengths) for x in (query, key, value))
+    q, k, v = (rows(x, lengths) for x in (query, key, value))
     out, _ = _attend(sdpa_attention_forward, module, q, k, v, None, **kwargs)
     return torch.cat([row[:length] for row, length in zip(out, lengths, strict=True)]).unsqueeze(0), None
-
-
-def _row_lengths(query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> list[int] | None:
-    """Lengths of the rows that are laid end to end in query [1,H,T,D], told by where `position_ids` begin anew.
-
-    None where there is one row, or where a row is longer than the window that its attention looks through: the attention
-    mask, which tells rows apart too, then says what each token may see.
-    """
-    places, window = kwargs.get("position_ids"), kwargs.get("sliding_window")
-    tokens = query.shape[2]
-    if not isinstance(places, Tensor) or places.shape != (len(query), tokens) or key.shape[2] != tokens:
-        return None
-    lengths = _told_by(places)
-    return lengths if len(lengths) > 1 and (window is None or max(lengths) <= window) else None
-
-
-def _told_by(places: Tensor) -> list[int]:
-    """Lengths of the rows in `position_ids` [1,T], as transformers tells them: a row goes on where a place is the next.
-
-    Several rows, [B,T], are none that are laid end to end. Every layer is handed the same tensor: it is read once.
-    """
-    if places.ndim != 2 or len(places) != 1:
-        return []
-    version = None if places.is_inference() else places._version  # a loop may fill one tensor again and again
-    known, lengths = getattr(places, FLAT, (None, []))
-    if version is None or version != known:
-        begins = [0, *(torch.nonzero(places[0].diff() != 1).squeeze(1) + 1).tolist(), places.shape[1]]
-        lengths = [end - begin for begin, end in pairwise(begins)]
-        setattr(places, FLAT, (version, lengths))
-    return lengths
-
-
-def without_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Forward pre-hook on a model: of rows laid end to end nothing is cached.
-
-    transformers tells them apart in its attention mask only where there is no cache, and most configurations ask for one.
-    """
-    places = kwargs.get("position_ids")
-    if not isinstance(places, Tensor) or kwargs.get("past_key_values") is not None or len(_told_by(places)) < 2:
-        return None
-    return args, {**kwargs, "use_cache": False}
-
-
-def _rows(x: Tensor, lengths: list[int]) -> Tensor:
-    """[1,H,T,D] -> [N,H,L,D], L the longest: no earlier token of a causal row looks at what pads its end."""
-    return pad_sequence(list(x[0].transpose(0, 1).split(lengths)), batch_first=True).transpose(1, 2)
 
 
 def _attend_eager(

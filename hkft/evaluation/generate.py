@@ -30,6 +30,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     settings: Generation,
     *,
+    chats: bool = False,
     seed: int = 0,
     precision: torch.dtype | None = None,
     tell: Listener = silent,
@@ -37,13 +38,15 @@ def generate(
 ) -> list[str]:
     """The text after each prompt of tokens, in the prompts' order, special tokens and outer white space taken off.
 
+    chats: the prompts are chats, and what the template puts around every answer is taken off too.
     In eval mode and batches of like length, padded on the left. Ends at the end of text, at what the chat template ends a
     turn with, at `max_new_tokens`, or where the model has no more positions. Draws, if any, come from `seed` and leave
     the random stream as it was.
     """
     inner: Any = inner_model(model)  # its `generate` is a mixin's
     device = next(model.parameters()).device
-    config, texts = _config(inner, tokenizer, settings), [""] * len(prompts)
+    encoder = Encoder(tokenizer, chats)
+    config, texts = _config(inner, encoder, settings), [""] * len(prompts)
     ends = frozenset(config.eos_token_id or ())
     positions = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
     generators = range(torch.cuda.device_count()) if device.type == "cuda" else ()
@@ -62,7 +65,8 @@ def generate(
             tokens = inner.generate(**inputs, generation_config=config)
             for row, written in zip(rows, tokens[:, width:].tolist(), strict=True):
                 end = next((n for n, token in enumerate(written) if token in ends), None)  # it may not be a special one
-                texts[row] = str(tokenizer.decode(written[:end], skip_special_tokens=True)).strip()
+                told = str(tokenizer.decode(written[:end], skip_special_tokens=True)).strip()
+                texts[row] = encoder.said(told) if chats else told
     return texts
 
 
@@ -73,6 +77,7 @@ def write(
     settings: Generation,
     *,
     limit: int | None = None,
+    chats: bool = False,
     seed: int = 0,
     precision: torch.dtype | None = None,
     tell: Listener = silent,
@@ -91,7 +96,8 @@ def write(
     lengths, completions, tokens = examples["prompt_length"], examples["completion"], examples["input_ids"]
     fullest = [max(rows[prompt], key=lambda row: lengths[row]) for prompt in asked]  # the prompt least cut
     begun = [tokens[row][: lengths[row]] for row in fullest]
-    written = generate(model, tokenizer, begun, settings, seed=seed, precision=precision, tell=tell, text=text)
+    told: dict[str, Any] = {"seed": seed, "precision": precision, "tell": tell, "text": text}
+    written = generate(model, tokenizer, begun, settings, chats=chats, **told)
     references = [[completions[row].strip() for row in rows[prompt]] for prompt in asked]
     tell(Stage("scoring"))
     scores = score_texts(written, references, settings.metrics, tell)
@@ -110,15 +116,15 @@ def _asked_for(model: Any, config: GenerationConfig) -> Iterator[None]:
         model.generation_config = own
 
 
-def _config(model: Any, tokenizer: PreTrainedTokenizerBase, settings: Generation) -> GenerationConfig:
+def _config(model: Any, encoder: Encoder, settings: Generation) -> GenerationConfig:
     """transformers' settings, with every token that may end a text. What the checkpoint says of sampling is not asked."""
     names = [*ALWAYS, *(SAMPLING if settings.do_sample else ()), *(BEAMS if settings.num_beams > 1 else ())]
     values: Mapping[str, Any] = {name: getattr(settings, name) for name in names}
     own = model.generation_config.eos_token_id
-    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), Encoder(tokenizer, False).turn_end()]
+    ends = [encoder.end, *(own if isinstance(own, list) else [own]), encoder.turn_end()]
     return GenerationConfig(
         **values,
         eos_token_id=sorted({end for end in ends if isinstance(end, int)}) or None,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=encoder.tokenizer.pad_token_id,
         use_cache=True,
     )

@@ -43,5 +43,10 @@ def look(
     seen = completions.look(model, examples, collate, batch_size=batch_size, text=looking, **told)
     if not write_text:
         return seen
-    asked = {"limit": limit, "seed": recipe.seed, "text": writing}
+    asked: dict[str, Any] = {
+        "limit": limit,
+        "chats": recipe.data.messages is not None,
+        "seed": recipe.seed,
+        "text": writing,
+    }
     return seen.with_text(write(model, tokenizer, examples, recipe.generation, **asked, **told))

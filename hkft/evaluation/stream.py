@@ -95,7 +95,11 @@ def _of_batch(saved: Saved, batch: list[Record], before: int, where: str, tell: 
     examples = tokenise.tokenise(rows, saved.tokenizer, recipe.data.max_length, told, name="records")
     precision = build.precision(recipe)
     if recipe.task == "generation":
-        settings = {"seed": recipe.seed, "precision": precision}
+        settings: dict[str, Any] = {
+            "chats": recipe.data.messages is not None,
+            "seed": recipe.seed,
+            "precision": precision,
+        }
         written = generate(saved.model, saved.tokenizer, examples["input_ids"], recipe.generation, **settings)
         return {row: {"prediction": text} for row, text in zip(rows["id"], written, strict=True)}
     collate = tokenise.collator(saved.tokenizer, build.padding_side(saved.model))

@@ -51,11 +51,16 @@ def location(name: str) -> str:
 
 
 def tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises SetupError where the model is not to be had."""
+    """The model's tokenizer, which knows how many positions the model has. Raises SetupError where it is not to be had."""
     try:
-        return AutoTokenizer.from_pretrained(location(recipe.model.name), revision=recipe.model.revision)
+        found = AutoTokenizer.from_pretrained(location(recipe.model.name), revision=recipe.model.revision)
+        config = AutoConfig.from_pretrained(location(recipe.model.name), revision=recipe.model.revision)
     except (OSError, ValueError, KeyError) as error:
         raise _missing(recipe.model.name, error) from error
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        found.model_max_length = min(found.model_max_length, positions)
+    return found
 
 
 def auto_class(task: str) -> Any:
@@ -136,9 +141,9 @@ def precision(recipe: Recipe) -> torch.dtype | None:
 
 
 def is_decoder(model: nn.Module) -> bool | None:
-    """Whether every layer's attention looks back only; None where that cannot be told."""
+    """Whether attention looks back only, in every layer that text goes through; None where that cannot be told."""
     try:
-        return all(layer.causal for layer in families.find(model).layers)
+        return all(layer.causal for layer in families.find(model).text)
     except MethodError:  # a model that takes no method, trained without one
         return None
 

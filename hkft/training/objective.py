@@ -132,7 +132,11 @@ def shifts(model: nn.Module) -> bool:
 def learns_tokens(model: nn.Module) -> bool:
     """Whether a model is a decoder with transformers' own loss on its next token, and nothing else, which hkft may compute."""
     inner = found_inside(model)
-    if inner is None or inner.config.is_encoder_decoder or inner.loss_type not in (None, "ForCausalLM"):
+    if (
+        inner is None
+        or inner.config.is_encoder_decoder
+        or inner.loss_type not in (None, "ForCausalLM", "ForConditionalGeneration")
+    ):
         return False
     if inner.get_output_embeddings() is None:
         return False

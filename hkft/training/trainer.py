@@ -54,6 +54,10 @@ class Trainer(TransformersTrainer):
     def __init__(self, *args: Any, dropout: str | Method = "none", dropout_rate: float | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         assert self.model is not None
+        if learns_tokens(self.model):
+            self._loss_shifts_labels = (
+                True  # hkft's loss does, also where transformers does not know it of the family's
+            )
         end_to_end = isinstance(self.data_collator, DataCollatorWithFlattening)
         self.attachment = attach(self.model, dropout, dropout_rate, padding_free=end_to_end)
         method = self.attachment.method

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from hkft import api
 from hkft.data import splits, tokenise
+from hkft.data.completions import Encoder
 from hkft.evaluation import completions, generate, saved, stream
 from hkft.evaluation.texts import bleu
 from hkft.events import Notice, Stage, silent
@@ -99,12 +100,12 @@ def test_the_recipe_s_settings_reach_transformers(parts, recipe):
     chosen = recipe.replace(
         "generation.num_beams=10", "generation.length_penalty=0.9", "generation.no_repeat_ngram_size=4"
     )
-    config = generate._config(model.base_model.model, tokenizer, chosen.generation)
+    config = generate._config(model.base_model.model, Encoder(tokenizer, False), chosen.generation)
     assert (config.num_beams, config.length_penalty, config.no_repeat_ngram_size) == (10, 0.9, 4)
     assert not config.do_sample
     assert config.eos_token_id == [2, 4]  # the end of text, and what the chat template ends a turn with
     drawn = recipe.replace("generation.do_sample=true", "generation.temperature=0.7", "generation.top_k=5").generation
-    config = generate._config(model.base_model.model, tokenizer, drawn)
+    config = generate._config(model.base_model.model, Encoder(tokenizer, False), drawn)
     assert (config.do_sample, config.temperature, config.top_k, config.top_p) == (True, 0.7, 5, 1.0)
 
 
