@@ -24,7 +24,14 @@ from hkft.cli.shared import (
 @reported
 def predict(
     source: Source,
-    input: Annotated[str, typer.Option("--input", "-i", help="JSON lines, with the recipe's columns; - for stdin.")],
+    input: Annotated[
+        str,
+        typer.Option(
+            "--input",
+            "-i",
+            help="JSON lines, with the recipe's columns; - for stdin. A chat's last answer is written anew.",
+        ),
+    ],
     output: Annotated[str, typer.Option("--output", "-o", help="Where the lines go; - for stdout.")] = "-",
     checkpoint: Checkpoint = "best",
     recipe: WithoutRun = None,

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ParamSpec, TextIO
 
 import typer
 
-from hkft.errors import INTERRUPTED, HkftError, SetupError, UsageError
+from hkft.errors import INTERRUPTED, DataError, HkftError, SetupError
 from hkft.events import Listener, Stage
 
 Recipe = Annotated[
@@ -97,7 +97,7 @@ def lines_in(path: str) -> Iterator[Iterable[str]]:
         yield sys.stdin
         return
     if not Path(path).is_file():
-        raise UsageError("there is no such file", where=path, allowed="a file of JSON lines, or - for stdin")
+        raise DataError("there is no such file", where=path, allowed="a file of JSON lines, or - for stdin")
     with Path(path).open(encoding="utf-8") as file:
         yield file
 

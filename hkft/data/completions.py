@@ -285,11 +285,18 @@ def _tell_cut(cut: Counter[str | None], rows: int, kept: int, longest: int, tell
             hint = f"data.max_length {longest} leaves no room" if cut["completion"] else None
             raise DataError("no row has a token to learn", where=name, found=share, hint=hint)
         tell(Notice(f"{share} were left out: nothing in them would be learned", level="warning"))
-    for what, end in (("prompt", "beginning of their prompt"), ("completion", "end of their completion")):
+    if cut["completion"] == rows and name == "train":
+        raise DataError(
+            "every completion is cut, so that no end of text would be learned",
+            where="data.max_length",
+            found=str(longest),
+        )
+    end_of_both = "all but the end of their prompt, and the end of their completion with the end of text"
+    for what, end in (("prompt", "the beginning of their prompt"), ("completion", end_of_both)):
         if count := cut[what]:
             level = "warning" if what == "completion" or count > MUCH * rows else "info"
             share = f"{count:,} of {rows:,} {name} rows ({count / rows:.1%})"
-            tell(Notice(f"{share} are longer than {longest} tokens and lost the {end}: data.max_length", level=level))
+            tell(Notice(f"{share} are longer than {longest} tokens and lost {end}: data.max_length", level=level))
 
 
 def _tell_unlearned(encoder: Encoder, labelled: bool, tell: Listener, name: str) -> None:

@@ -146,6 +146,9 @@ def check_columns(source: datasets.Dataset, wanted: Mapping[str, str], reference
     def hint(name: str) -> str:
         if separator:
             return f"the columns seem to be separated by {separator!r}"
+        within = max((column for column in found if column in name), key=len, default=None)
+        if within and wanted[name] in ("data.prompt", "data.completion"):
+            return f"a template names its columns in braces: {name.replace(within, f'{{{within}}}')!r}"
         return nearest(name, found) or f"{wanted[name]} names it" + (
             "" if reference.endswith(("json", "jsonl", "parquet")) else "; the first line is read as the header"
         )

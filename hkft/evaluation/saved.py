@@ -104,7 +104,8 @@ def examples_of(saved: Saved, split: str, tell: Listener = silent) -> Any:
     if split in splits.NAMES:
         drawn = splits.load(recipe, tell, (split,), saved.labels)
         chosen = getattr(drawn, split)
-        if saved.folder is not None and drawn.fingerprints[split] != _fingerprint(saved.folder, split):
+        trained_with = saved.folder and _fingerprint(saved.folder, split)
+        if trained_with and drawn.fingerprints[split] != trained_with:
             tell(Notice(f"these {split} rows are not those the run was trained with", "warning"))
     else:
         chosen = read_rows(split, recipe, saved.labels, tell)
@@ -129,8 +130,10 @@ def evaluate(saved: Saved, split: str = "validation", tell: Listener = silent) -
             looking=f"evaluating {split}",
             writing=f"writing for {split}",
         )
-    if isinstance(seen, Completions) and seen.written and seen.written.signature:
-        tell(Notice(f"BLEU is sacrebleu's {seen.written.signature}"))
+    if isinstance(seen, Completions) and seen.written:
+        scored = f"text was written for {len(seen.written.texts):,} prompts"
+        signed = f"; BLEU is sacrebleu's {seen.written.signature}" if seen.written.signature else ""
+        tell(Notice(scored + signed))
     return seen
 
 
@@ -141,7 +144,9 @@ def keep(saved: Saved, split: str, predictions: Predictions | Completions) -> st
     """
     if saved.folder is None or split in ("train", "validation"):
         return None
-    target = saved.folder.predictions("test" if split == "test" else Path(split.partition("#")[0]).stem)
+    stem = Path(split.partition("#")[0]).stem
+    taken = {"train_probe", *splits.NAMES}  # by the run's own rows
+    target = saved.folder.predictions(f"file-{stem}" if split != "test" and stem in taken else stem)
     write_jsonl(target, predictions.records(saved.labels))
     return str(target)
 

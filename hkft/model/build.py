@@ -172,6 +172,14 @@ def with_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """The model wrapped in PEFT's LoRA, built from the recipe's `lora` section. Raises RecipeError where PEFT refuses it."""
     from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
 
+    highest = max((min(sizes) for module in model.modules() if (sizes := families.linear_sizes(module))), default=None)
+    if highest is not None and recipe.lora["r"] > highest:
+        raise RecipeError(
+            "no matrix of the model has such a rank",
+            where="lora.r",
+            found=str(recipe.lora["r"]),
+            allowed=f"up to {highest}",
+        )
     if recipe.model.quantization != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     try:

@@ -103,5 +103,5 @@ def _quotes(error: Any) -> str | None:
     if error["type"] == "string_type" and isinstance(value, int | float):
         return "put it in quotes"
     if error["type"] == "string_type" and isinstance(value, dict):
-        return "YAML reads {...} as keys and values: put a text that begins with a bracket in quotes"
+        return "YAML reads {...} as keys and values: put the text in quotes, in a shell inside others: 'a.b=\"{...}\"'"
     return None

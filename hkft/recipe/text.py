@@ -45,7 +45,10 @@ _SYNTAX = {
         "put a text that holds ': ' in quotes; else look at the indentation of this line",
     ),
     "could not find expected ':'": ("this line has no ':'", "write `key: value`"),
-    "but found '<scalar>'": ("text goes on after a bracket or a quote is closed", "put the whole text in quotes"),
+    "but found '<scalar>'": (
+        "text goes on after a bracket or a quote is closed",
+        "put the whole text in quotes, in a shell inside others",
+    ),
     "expected <block end>": (
         "this line is indented neither like the one above nor as a part of it",
         "indent the keys of one section equally",

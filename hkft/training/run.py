@@ -164,6 +164,7 @@ def _fit(begun: Begun) -> None:
         "trainable_parameters": trainable,
         "total_parameters": total,
         "quantised": build.quantised(_adapted(trainer)),
+        "text_prompts": _prompts_written_for(recipe, material),
     }
     if resume and folder.summary.exists():
         facts["recipe"] = read_json(folder.summary)["recipe"]  # resolved.yaml, by which it may go on, is not its name
@@ -189,6 +190,14 @@ def _fit(begun: Begun) -> None:
         trainer.attachment.detach()
     if status == "interrupted":
         raise KeyboardInterrupt
+
+
+def _prompts_written_for(recipe: Recipe, material: Material) -> int | None:
+    """How many prompts of each set a look writes text for; None: for none."""
+    wanted = recipe.diagnostics.generate
+    if recipe.task != "generation" or wanted is None:
+        return None
+    return min(wanted, *(len(set(material.examples[split]["prompt"])) for split in looks.SPLITS))
 
 
 def _self_check(begun: Begun) -> dict[str, Any]:

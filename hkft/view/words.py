@@ -17,7 +17,7 @@ def number(value: float | None) -> str:
     """A loss, a metric, a rate: three decimals, or three digits where those say nothing; a dash for nothing."""
     if value is None or math.isnan(value):
         return "-"
-    return f"{value:.3f}" if value == 0 or 0.001 <= abs(value) < 1000 else f"{value:.3g}"
+    return f"{value:.3f}" if abs(value) < 1e-15 or 0.001 <= abs(value) < 1000 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:
@@ -77,9 +77,14 @@ def figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     for label, moment in (("best", "best"), ("final", "final")):
         if summary.get(moment):
             at = summary.get("best_step" if moment == "best" else "steps")
-            pairs.append((f"{label}, step {at}", _sides(summary[moment], metric_of(summary))))
-    if text := _of_text(summary.get("best") or {}):
-        pairs.append((f"text, step {summary.get('best_step')}", text))
+            pairs.append((f"{label}, step {at}", _sides(summary[moment], ("loss", metric_of(summary)))))
+    if (
+        summary.get("best") and summary["task"] == "generation"
+    ):  # what a decoder is told by beside loss and token accuracy
+        told = [name for name in summary["best"]["validation"] if name not in ("loss", "perplexity", "token_accuracy")]
+        for label, names in (("perplexity", ["perplexity"]), (f"text of {summary.get('text_prompts')} prompts", told)):
+            if text := _sides(summary["best"], names):
+                pairs.append((f"{label}, step {summary['best_step']}", text))
     if summary.get("train_runtime_s") is not None:
         pairs.append(("training time", duration(summary["train_runtime_s"])))
     speeds = [
@@ -106,22 +111,11 @@ def quantised(found: Mapping[str, Any]) -> str:
     return f"{found['layers']} linear layers to {how}, {memory(found['bytes'])}{kept}"
 
 
-def _of_text(moment: Mapping[str, Mapping[str, float]]) -> str:
-    """What a decoder's validation is told by beside loss and token accuracy: perplexity, and scores of what it wrote."""
-    if not moment or "perplexity" not in moment["validation"]:
-        return ""
-    gaps = gap(moment["train_probe"], moment["validation"])
-    told = [name for name in moment["validation"] if name not in ("loss", "token_accuracy")]
-    return ", ".join(f"{name} {number(moment['validation'][name])} (gap {number(gaps.get(name))})" for name in told)
-
-
-def _sides(moment: Mapping[str, Mapping[str, float]], metric: str) -> str:
+def _sides(moment: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> str:
+    """What validation has of these numbers, and their gaps; empty where it has none."""
     validation, gaps = moment["validation"], gap(moment["train_probe"], moment["validation"])
-    return ", ".join(
-        f"validation {name} {number(validation[name])} (gap {number(gaps.get(name))})"
-        for name in ("loss", metric)
-        if name in validation
-    )
+    told = [name for name in names if name in validation]
+    return ", ".join(f"validation {name} {number(validation[name])} (gap {number(gaps.get(name))})" for name in told)
 
 
 def outcome(summary: Mapping[str, Any]) -> str:

@@ -50,6 +50,25 @@ def test_a_line_without_text_keeps_its_place(hkft, run):
     assert lines(alone.out) == [{"text": " ", "prediction": None}]
 
 
+def test_a_file_may_be_answered_in_place_and_is_named_once_it_is_whole(hkft, run):
+    records = [{"text": "good"}, {"text": "bad"}]
+    path = write("in.jsonl", *records)
+    assert hkft("predict", run, "-i", path, "-o", path).code == 0
+    answered = lines(Path(path).read_text())
+    assert [{"text": record["text"]} for record in answered] == records
+    assert all(record["prediction"] for record in answered)
+    Path(path).write_text('{"text": "good"}\n{')
+    assert hkft("predict", run, "-i", path, "-o", "out.jsonl").code == 3
+    assert not Path("out.jsonl").exists()
+    assert len(lines(Path("out.jsonl.partial").read_text())) == 1
+
+
+def test_nothing_to_answer_is_said(hkft, run):
+    Path("none.jsonl").write_text("")
+    ran = hkft("predict", run, "-i", "none.jsonl")
+    assert (ran.code, ran.out, "none.jsonl has no line" in ran.err) == (0, "", True)
+
+
 def test_a_file_and_one_json_document(hkft, run):
     ran = hkft("predict", run, "-i", write("in.jsonl", {"text": "good"}), "-o", "out/found.jsonl", "--json")
     assert ran.code == 0
@@ -81,7 +100,7 @@ def test_what_stands_before_a_broken_line_is_answered(hkft, run):
 
 def test_usage(hkft, run):
     missing = hkft("predict", run, "-i", "nowhere.jsonl")
-    assert (missing.code, "there is no such file" in missing.err) == (2, True)
+    assert (missing.code, "there is no such file" in missing.err) == (3, True)
     both = hkft("predict", run, "-i", write("in.jsonl", {"text": "a"}), "--json")
     assert (both.code, "--output FILE" in both.err) == (2, True)
 

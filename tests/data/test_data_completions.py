@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from itertools import groupby
+from itertools import groupby, takewhile
 
 import datasets
 import pytest
@@ -282,6 +282,28 @@ def test_the_token_that_ends_a_turn(bytes_, name):
     assert end == (None if name == "plain" else bytes_(said[-1])["input_ids"][-1])
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_the_assistant_says_is_found_in_what_it_writes(bytes_, tell, name):
+    """The tokens that are learned, read as generation reads them, are the answer as the data has it."""
+    template, turns, _, _ = TEMPLATES[name]
+    words = with_template(bytes_, template)
+    encoder = Encoder(words, True)
+    (example,) = encoder.chats([turns], ["here"])
+    stops = {encoder.end, encoder.turn_end()}
+    assert stops & {*example.completion}  # generation ends there
+    written = list(takewhile(lambda token: token not in stops, example.completion))
+    said = turns[-1]["content"].rpartition("</think>")[2].strip() if "think" in name else turns[-1]["content"].strip()
+    assert encoder.said(words.decode(written, skip_special_tokens=True)) == said
+
+
+def test_an_end_that_is_part_text_is_cut_off(bytes_):
+    words = with_template(bytes_, "{% for m in messages %}[{{ m.content }}###</s>{% endfor %}")
+    encoder = Encoder(words, True)
+    (example,) = encoder.chats([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]], ["here"])
+    assert words.decode(example.completion).count("</s>") == 1
+    assert encoder.said("b c###") == "b c"
+
+
 def test_a_turns_end_need_not_be_called_special(bytes_):
     bytes_.add_tokens(["<|end|>"])
     words = with_template(bytes_, CHATML.replace("<|im_end|>", "<|end|>"))
@@ -423,11 +445,19 @@ def test_what_is_cut_is_counted(bytes_, tell, total, level):
     rows = pairs(("abcdef", "xy"), ("abcdef", "xyzxyzxyz"), *[("a", "b")] * (total - 2))
     got = tokenise(rows, bytes_, 7, tell, "train")
     assert [bytes_.decode(row["input_ids"]) for row in got][:2] == ["cdefxy</s>", "fxyzxyz"]
-    share = f"1 of {total} train rows ({1 / total:.1%}) are longer than 7 tokens and lost the"
+    share = f"1 of {total} train rows ({1 / total:.1%}) are longer than 7 tokens and lost"
+    both = "all but the end of their prompt, and the end of their completion with the end of text"
     assert [(event.text, event.level) for event in tell[1:]] == [
-        (f"{share} beginning of their prompt: data.max_length", level),
-        (f"{share} end of their completion: data.max_length", "warning"),
+        (f"{share} the beginning of their prompt: data.max_length", level),
+        (f"{share} {both}: data.max_length", "warning"),
     ]
+
+
+def test_no_end_of_text_to_learn_is_an_error(bytes_, tell):
+    rows = pairs(("abcdef", "xyzxyzxyz"), ("a", "xyzxyzxyz"))
+    with pytest.raises(DataError, match="every completion is cut, so that no end of text would be learned"):
+        tokenise(rows, bytes_, 7, tell, "train")
+    assert len(tokenise(rows, bytes_, 7, tell, "validation")) == 2
 
 
 def test_earlier_answers_are_cut_in_step(bytes_, tell):

@@ -92,6 +92,12 @@ def test_a_missing_column_is_named_with_the_key_that_asks_for_it(read):
     ]
 
 
+def test_a_template_without_its_braces_is_told_where_they_belong(read):
+    with pytest.raises(DataError) as caught:
+        read(columns={"meaning": ["x"], "r": ["a"]}, prompt="meaning ->", completion="r")
+    assert caught.value.problems[0].hint == "a template names its columns in braces: '{meaning} ->'"
+
+
 # --- chats ------------------------------------------------------------------------------------------------------------
 
 

@@ -8,18 +8,24 @@ from transformers import (
     BertConfig,
     BertModel,
     DataCollatorWithFlattening,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -247,3 +253,47 @@ def test_one_row_is_cached_when_asked():
     with hkft.attach(model, "none", padding_free=True):
         assert model(torch.randint(3, 70, (1, 8)), use_cache=True).past_key_values is not None
         assert model(**end_to_end(), use_cache=True).past_key_values is None
+
+
+TINY = {
+    key: SIZE[key]
+    for key in ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+}
+CONVOLUTION = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (
+            lambda: Lfm2ForCausalLM(Lfm2Config(**TINY, num_hidden_layers=2, layer_types=["conv", "full_attention"])),
+            "layers without attention",
+        ),
+        (
+            lambda: FalconH1ForCausalLM(FalconH1Config(**TINY, num_hidden_layers=2, **CONVOLUTION)),
+            "a row laid behind another sees it",
+        ),
+    ],
+    ids=["beside attention layers", "within them"],
+)
+def test_what_looks_back_without_attention_is_refused(build, says):
+    torch.manual_seed(0)
+    model = build()
+    with pytest.raises(MethodError, match=says):
+        hkft.attach(model, "none", padding_free=True)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_window_that_only_the_mask_knows_of():
+    """Qwen2-MoE does not tell its attention function of the window."""
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        **TINY, num_hidden_layers=2, use_sliding_window=True, sliding_window=4, max_window_layers=2, num_experts=2,
+        num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+    )  # fmt: skip
+    config.layer_types = ["sliding_attention"] * 2
+    model = Qwen2MoeForCausalLM(config).eval()
+    expected = [model(torch.tensor([row["input_ids"]])).logits[0] for row in rows()]
+    with hkft.attach(model, "none", padding_free=True):
+        found = model(**end_to_end()).logits[0]
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-6)

@@ -229,7 +229,7 @@ def test_eval_has_the_numbers_that_training_saw(run):
     found = saved.evaluate(saved.load_saved(run.path), tell=heard.append)
     for name in ("loss", "perplexity", "token_accuracy"):
         assert found.metrics()[name] == pytest.approx(best[name], rel=1e-5)
-    assert any(isinstance(event, Notice) and "BLEU is sacrebleu's nrefs:3" in event.text for event in heard)
+    assert any(isinstance(event, Notice) and "prompts; BLEU is sacrebleu's nrefs:3" in event.text for event in heard)
     silent_eval = saved.evaluate(saved.load_saved(run.path, overrides=["generation.metrics=[]"]))
     assert set(silent_eval.metrics()) == {"loss", "perplexity", "token_accuracy"}
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, Gemma3Config, Gemma3ForConditionalGeneration
 
+from hkft.dropout.attach import attach
 from hkft.errors import RecipeError, SetupError
 from hkft.model import build
 from hkft.recipe import load
+from hkft.training.objective import learns_tokens
 
 LABELS = ("negative", "positive")
 
@@ -100,3 +103,33 @@ def test_a_quantised_base_learns_after_it_was_looked_at(recipe, kind):
     assert all(tensor.abs().sum() > 0 for tensor in before)
     for one, other in zip(before, after, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_rows_are_no_longer_than_the_model_has_positions(generation_file, tiny_llama, tmp_path):
+    """A published tokenizer often names no length, or another model's."""
+    recipe = load(generation_file)
+    assert build.tokenizer(recipe).model_max_length == AutoConfig.from_pretrained(tiny_llama).max_position_embeddings
+
+
+def test_no_rank_beyond_the_largest_matrix(recipe):
+    model = build.base(recipe, LABELS)
+    with pytest.raises(RecipeError, match=r"(?s)lora.r: no matrix of the model has such a rank.*allowed: up to 32"):
+        build.with_lora(model, recipe.replace("lora.r=33"))
+    build.with_lora(model, recipe.replace("lora.r=32"))
+
+
+def test_a_decoder_that_sees_is_a_decoder_all_the_same(generation_file, tmp_path):
+    """Gemma 3 from 4B on: its vision tower looks both ways, and text does not go through it."""
+    text = {"vocab_size": 261, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(
+        text_config=text | {"num_key_value_heads": 1, "intermediate_size": 64},
+        vision_config=vision | {"intermediate_size": 40},
+        mm_tokens_per_image=1,
+    )
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "gemma3")
+    model = build.base(load(generation_file, [f"model.name={tmp_path / 'gemma3'}"]), None, 0)
+    assert isinstance(model, Gemma3ForConditionalGeneration)
+    assert build.padding_side(model) == "right"
+    assert learns_tokens(model)
+    attach(model, "hiddenkey-", padding_free=True).detach()

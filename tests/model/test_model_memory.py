@@ -8,6 +8,7 @@ import torch
 from hkft import api
 from hkft.errors import OutOfMemoryError
 from hkft.evaluation import saved
+from hkft.model import build
 from hkft.model.memory import out_of_memory
 
 
@@ -34,9 +35,13 @@ def test_another_error_stays_what_it_is():
         raise RuntimeError("a shape is wrong")
 
 
-def test_a_rank_that_no_memory_holds(recipe_file, tmp_path):
+def test_before_training(recipe_file, tmp_path, monkeypatch):
+    def starved(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 102400000000 bytes.")
+
+    monkeypatch.setattr(build, "with_lora", starved)
     with pytest.raises(OutOfMemoryError, match="while loading"):
-        api.train(recipe_file, ["lora.r=1000000000000"], output=tmp_path / "run")
+        api.train(recipe_file, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -188,7 +188,7 @@ VALUES = [
     ("dropot.rate=1", "did you mean 'dropout'?"),
     ("data.train.x=1", "data.train is a value, not a section"),
     ("data.label=[a", "a bracket is not closed"),
-    ("data.prompt={a}", "put a text that begins with a bracket in quotes"),
+    ("data.prompt={a}", "put the text in quotes, in a shell inside others"),
     ("data.prompt={a} ->", "put the whole text in quotes"),
 ]
 

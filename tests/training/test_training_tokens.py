@@ -9,7 +9,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import (
+    DataCollatorWithFlattening,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainingArguments,
+)
 
 import hkft
 from hkft.data.completions import IGNORED
@@ -214,6 +221,27 @@ def test_the_self_check_of_a_run_holds_no_more_logits_than_a_step(generation_fil
     assert run._self_check(begun)["self_check"]["rows"] > 1
     assert len(most) > 20
     assert max(most) <= 64  # hidden size: the head was left out, and given 7 tokens at a time
+
+
+def test_labels_from_the_first_token_on_weigh_alike_however_a_batch_is_cut(tmp_path):
+    """GPT-2, whose loss transformers does not know to be shifted: the first label is none that is predicted."""
+    given = [{**row, "labels": row["input_ids"]} for row in rows()]
+    told = []
+    for size in (8, 1):
+        torch.manual_seed(0)
+        gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=2, n_positions=64))
+        args = TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, max_steps=1, logging_steps=1,
+            use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+        for module in gpt2.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer = hkft.Trainer(model=gpt2, args=args, train_dataset=Dataset.from_list(given), data_collator=padded)
+        trainer.train()
+        told.append(trainer.state.log_history[0])
+    for name in ("loss", "task_loss", "grad_norm"):
+        assert told[0][name] == pytest.approx(told[1][name], rel=1e-5)
 
 
 def test_hkfts_own_collator_lays_rows_end_to_end():
