@@ -7,7 +7,7 @@ neither: it only calls `tell(event)`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -80,6 +80,8 @@ class Evaluated:
 
     `train_probe` and `validation` hold `loss` and the task's metrics; `gap` is validation minus probe for the loss and
     probe minus validation for metrics where higher is better, so that a positive gap is always a worse validation.
+    `net_gain`, `regret` and `regularisation` (None where it was not measured): see `hkft.diagnostics.decomposition`; the
+    intervals, of 95 %, of the loss: `hkft.diagnostics.uncertainty`. The regret's is of the loss since its lowest.
     """
 
     step: int
@@ -89,6 +91,11 @@ class Evaluated:
     gap: Mapping[str, float]
     best: bool  # the best validation loss or metric so far, by the run's own criterion
     seconds: float
+    gap_interval: tuple[float, float] | None = None
+    net_gain: Mapping[str, float] = field(default_factory=dict)
+    regret: Mapping[str, float] = field(default_factory=dict)
+    regret_interval: tuple[float, float] | None = None
+    regularisation: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

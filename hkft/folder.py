@@ -62,6 +62,10 @@ class RunFolder:
     def card(self) -> Path:
         return self.path / "README.md"
 
+    @property
+    def history(self) -> Path:
+        return self.path / "predictions" / "history.jsonl"
+
     def predictions(self, split: str) -> Path:
         return self.path / "predictions" / f"{split}.jsonl"
 
@@ -80,17 +84,15 @@ class RunFolder:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(jsonable(as_record(event))) + "\n")
 
+    def remember(self, record: Mapping[str, Any]) -> None:
+        """One line of predictions/history.jsonl: a step, and of the rows of each set their losses at it."""
+        self.history.parent.mkdir(exist_ok=True)
+        with self.history.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(jsonable(record)) + "\n")
+
     def records(self, *events: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, of the named events only if any are named."""
-        if not self.metrics.exists():
-            return []
-        records = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue  # the last line of a killed run may be torn
-        return [record for record in records if not events or record["event"] in events]
+        return [record for record in read_jsonl(self.metrics) if not events or record["event"] in events]
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end."""
@@ -127,6 +129,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(jsonable(record)) + "\n" for record in records))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The lines of one of a run's files that grow; none where it is not there."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # the last line of a killed run may be torn
+    return records
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def self_check(model: nn.Module, batch: Mapping[str, Any], forward: Callable[[],
     began, rows = time.perf_counter(), len(next(value for value in batch.values() if isinstance(value, Tensor)))
     run = forward or (lambda: model(**batch))
     if any(d.rate for d in attachment.droppers):
-        with _untouched(model, attachment):
+        with untouched(model, attachment):
             mask = batch.get("attention_mask")
             _prove(model, attachment, run, mask if isinstance(mask, Tensor) else None)
             attachment.costs.update(_time(model, attachment, run))
@@ -219,8 +219,8 @@ def _without_native(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _untouched(model: nn.Module, attachment: Attachment) -> Iterator[None]:
-    """Afterwards modes, gradients, buffers, random streams, counts and proof are what they were."""
+def untouched(model: nn.Module, attachment: Attachment) -> Iterator[None]:
+    """A look aside. Afterwards modes, gradients, buffers, random streams, counts and proof are what they were."""
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     counts = [(d, d.fired, d.calls, d.counts) for d in attachment.droppers]
     states = [(d, {place: g.get_state() for place, g in d.generators.items()}) for d in attachment.droppers]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from hkft.diagnostics.uncertainty import Losses
 from hkft.evaluation.predict import Collate, longest_first, looking, on_device
 from hkft.events import Listener, silent
 from hkft.model.vocabulary import Vocabulary
@@ -41,6 +42,16 @@ class Completions:
     tokens: NDArray[np.integer]  # [N], learned
     hits: NDArray[np.integer]  # [N], of them the likeliest by the model
     written: Written | None = None
+
+    @property
+    def by_row(self) -> Losses:
+        """The loss of each row, over its learned tokens."""
+        return Losses(self.losses, self.tokens)
+
+    @property
+    def right(self) -> None:
+        """A completion is not right or wrong."""
+        return None
 
     def metrics(self) -> dict[str, float]:
         """loss: nats a token, every token weighing the same; perplexity: its exponential; token_accuracy; text scores."""

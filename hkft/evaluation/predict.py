@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from hkft.diagnostics.uncertainty import Losses
 from hkft.dropout.modes import evaluating
 from hkft.evaluation.metrics import LOSSES, score
 from hkft.events import Listener, Stage, silent
@@ -32,6 +33,17 @@ class Predictions:
     logits: NDArray[np.floating]  # [N, classes] or [N, 1]
     labels: NDArray | None  # [N]
     losses: NDArray[np.floating] | None  # [N], nats or squared units
+
+    @property
+    def by_row(self) -> Losses:
+        """The loss of each row."""
+        assert self.losses is not None, "rows without labels have no loss"
+        return Losses(self.losses, np.ones(len(self.losses), dtype=np.int64))
+
+    @property
+    def right(self) -> NDArray[np.bool_] | None:
+        """Which rows were decided rightly, [N]; None where nothing is decided."""
+        return None if self.task != "classification" or self.labels is None else self.logits.argmax(1) == self.labels
 
     def metrics(self) -> dict[str, float]:
         """Mean loss and the task's metrics."""

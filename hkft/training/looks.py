@@ -16,7 +16,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hkft.diagnostics.decomposition import net_gain, regret, regularisation
 from hkft.diagnostics.gap import LOWER_IS_BETTER, gap
+from hkft.diagnostics.uncertainty import Losses, change_interval, gap_interval
 from hkft.errors import DivergedError
 from hkft.evaluation.completions import Completions
 from hkft.evaluation.predict import Predictions
@@ -48,19 +50,30 @@ class Clock:
         return self.before + self.part()
 
 
+Seen = Predictions | Completions
+
+
 @dataclass
 class Looks(TrainerCallback):
-    """look(split) -> Predictions, in eval mode; keep(predictions) saves the adapter as the best so far."""
+    """look(split) -> Predictions, in eval mode; keep(seen) saves the adapter as the best so far.
 
-    look: Callable[[str], Predictions | Completions]
-    keep: Callable[[dict[str, Predictions | Completions]], None]
+    remember(step, seen) keeps the losses of every row; aside() measures objective, task loss and weighed consistency of
+    some rows of the probe in train mode, and gives them with the number of rows; log(numbers) hands them to the loggers.
+    """
+
+    look: Callable[[str], Seen]
+    keep: Callable[[dict[str, Seen]], None]
     tell: Listener
     at: list[int]
     criterion: str  # "loss" or a metric of the validation set
     patience: int | None
     counters: Callable[[], tuple[int, int]]  # samples and tokens trained on so far
+    remember: Callable[[int, dict[str, Seen]], None] = lambda step, seen: None
+    aside: Callable[[], tuple[float, float, float, int] | None] = lambda: None
+    log: Callable[[dict[str, float]], None] = lambda numbers: None
     curve: list[Evaluated] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
+    lowest: Losses | None = None  # of validation, where its loss was lowest
     interrupted: int | None = None  # the signal
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -70,7 +83,9 @@ class Looks(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step in self.at:
+            log_too = control.should_log
             self._look(state)
+            control.should_log = log_too  # what a look logs is not the log of the step
             control.should_save = True
             if self._out_of_patience():
                 control.should_training_stop = True
@@ -117,6 +132,11 @@ class Looks(TrainerCallback):
         best = step > 0 and self._improves(metrics["validation"])
         if best:
             self.keep(seen)
+        self.remember(step, seen)
+        probe, validation = (seen[split].by_row for split in SPLITS)
+        if self.lowest is None or validation.mean < self.lowest.mean:
+            self.lowest = validation
+        earlier = [look.validation for look in self.curve]
         evaluated = Evaluated(
             step=step,
             epoch=float(state.epoch or 0.0),
@@ -124,10 +144,23 @@ class Looks(TrainerCallback):
             gap=gap(**metrics),
             best=best,
             seconds=time.perf_counter() - began,
+            gap_interval=gap_interval(probe, validation),
+            net_gain=net_gain((earlier or [metrics["validation"]])[0], metrics["validation"]),
+            regret=regret(earlier, metrics["validation"]),
+            regret_interval=change_interval(self.lowest, validation),
+            regularisation=self._regularisation(probe),
         )
         self.curve.append(evaluated)
+        self.log(numbers(evaluated))
         self.clock.outside += time.perf_counter() - began
         self.tell(evaluated)
+
+    def _regularisation(self, probe: Losses) -> dict[str, float] | None:
+        found = self.aside()
+        if found is None:
+            return None
+        objective, task, consistency, rows = found
+        return regularisation(objective, task, consistency, Losses(probe.sums[:rows], probe.items[:rows]).mean)
 
     def _improves(self, validation: dict[str, float]) -> bool:
         if self.best is None:
@@ -142,6 +175,12 @@ class Looks(TrainerCallback):
         if self.patience is None or self.best is None:
             return False
         return sum(seen.step > self.best.step for seen in self.curve) >= self.patience
+
+
+def numbers(evaluated: Evaluated) -> dict[str, float]:
+    """What a look found, by the names that loggers are given: eval_validation_loss, eval_gap_loss, ..."""
+    named = ("train_probe", "validation", "gap", "net_gain", "regret", "regularisation")
+    return {f"eval_{name}_{key}": value for name in named for key, value in (getattr(evaluated, name) or {}).items()}
 
 
 class StopOnSignal:

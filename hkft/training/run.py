@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import PrinterCallback, set_seed
 
 from hkft.data import tokenise
+from hkft.diagnostics.history import losses_of
 from hkft.dropout.method import Method
 from hkft.dropout.selfcheck import self_check
 from hkft.errors import HkftError, RecipeError, SetupError, UsageError
@@ -24,6 +25,7 @@ from hkft.folder import (
     RunFolder,
     check_place,
     read_json,
+    read_jsonl,
     write_json,
     write_jsonl,
     write_text,
@@ -36,6 +38,7 @@ from hkft.training.summary import started, summarise
 from hkft.training.trainer import Trainer
 
 CHECKED = 8  # training rows of the self-check
+ASIDE = 64  # rows of the probe of which, at every look, the objective is measured in train mode
 
 
 def default_folder(recipe: Recipe) -> Path:
@@ -297,6 +300,16 @@ def _watcher(
             writing=f"writing for {name}",
         )
 
+    def remember(step: int, seen: Mapping[str, Predictions | Completions]) -> None:
+        folder.remember({"step": step, **{split: _of_rows(found) for split, found in seen.items()}})
+
+    def aside() -> tuple[float, float, float, int] | None:
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            return None
+        count = min(ASIDE, len(material.examples["train_probe"]))
+        rows = [material.examples["train_probe"][n] for n in range(count)]
+        return *trainer.aside(rows, recipe.seed), count
+
     def keep(seen: Mapping[str, Predictions | Completions]) -> None:
         model.save_pretrained(str(folder.adapter))
         material.tokenizer.save_pretrained(str(folder.adapter))
@@ -307,12 +320,25 @@ def _watcher(
     return looks.Looks(
         look=look_at,
         keep=keep,
+        remember=remember,
+        aside=aside,
+        log=trainer.log,
         tell=tell,
         at=looks.steps(total, per_epoch, recipe.diagnostics.evals_per_epoch),
         criterion=recipe.diagnostics.metric or "loss",
         patience=recipe.diagnostics.patience,
         counters=lambda: (int(trainer.samples_seen), int(trainer.tokens_seen)),
     )
+
+
+def _of_rows(seen: Predictions | Completions) -> dict[str, Any]:
+    """What is remembered of a set at a look: of each row its loss, its items where a row has several, and if it was right."""
+    rows, right = seen.by_row, seen.right
+    return {
+        "losses": [float(f"{loss:.6g}") for loss in rows.each],
+        "items": None if (rows.items == 1).all() else rows.items.tolist(),
+        "right": None if right is None else right.astype(int).tolist(),
+    }
 
 
 def _take_up(folder: RunFolder, watcher: looks.Looks, checkpoint: Path | None) -> None:
@@ -323,5 +349,10 @@ def _take_up(folder: RunFolder, watcher: looks.Looks, checkpoint: Path | None) -
     for record in folder.records("eval"):
         record.pop("event")
         watcher.curve.append(Evaluated(**record))
+    past = [record for record in read_jsonl(folder.history) if record["step"] <= step]
+    write_jsonl(folder.history, past)
+    for losses in (losses_of(record["validation"]) for record in past):
+        if watcher.lowest is None or losses.mean < watcher.lowest.mean:
+            watcher.lowest = losses
     if folder.summary.exists():
         watcher.clock.before = float(read_json(folder.summary).get("train_runtime_s") or 0.0)

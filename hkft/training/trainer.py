@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, set_seed
 from transformers import Trainer as TransformersTrainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from hkft.dropout.attach import attach
 from hkft.dropout.method import Consistency, Method
+from hkft.dropout.selfcheck import untouched
 from hkft.errors import DataError, DivergedError
 from hkft.model.vocabulary import Vocabulary
 from hkft.training.objective import IGNORED, Objective, learns_tokens, objective, token_objective
@@ -96,26 +97,50 @@ class Trainer(TransformersTrainer):
         scaled = model.training and labels is not None and num_items_in_batch is not None
         self.loss_is_scaled_for_ga = scaled
         share = self._share(labels, num_items_in_batch) if scaled else 1.0
-        consistency = self.consistency if model.training else None
+        result = self._objective(model, inputs, return_outputs)
+        if model.training:
+            self._count(inputs, result.task, result.consistency)
+        loss = result.loss * share
+        return (loss, result.outputs) if return_outputs else loss
+
+    def _objective(self, model: nn.Module, inputs: dict[str, Any], logits: bool = False) -> Objective:
+        """Of one batch, unscaled; the consistency in train mode only. logits: the model's own outputs are wanted."""
 
         def forward() -> tuple[Tensor, Any]:
             found = super(Trainer, self).compute_loss(model, dict(inputs), True)
             assert isinstance(found, tuple)
             return found
 
-        if not return_outputs and self._on_tokens(model, labels):
-            result = self._tokens(model, inputs, self.consistency)
-        else:
-            result = objective(model, forward, consistency, labels)
-        if model.training:
-            self._count(inputs, result.task, result.consistency)
-        loss = result.loss * share
-        return (loss, result.outputs) if return_outputs else loss
+        labels = inputs.get("labels")
+        if not logits and self._on_tokens(model, labels):
+            return self._tokens(model, inputs, self.consistency)
+        return objective(model, forward, self.consistency if model.training else None, labels)
 
     def _on_tokens(self, model: nn.Module, labels: Tensor | None) -> bool:
         """Whether this is a training pass of a decoder on its next token."""
         plain = model.training and self.compute_loss_func is None
         return plain and labels is not None and labels.ndim == 2 and learns_tokens(model)
+
+    def aside(self, rows: list[dict[str, Any]], seed: int) -> tuple[float, float, float]:
+        """(objective, task loss, weight x consistency) of some training examples in train mode, and nothing is learned.
+
+        Means over their items, as training has them. The masks are those of `seed`, at every look the same, and the run's
+        own random stream, its counts and its gradients are left as they were. Not for a model spread over devices.
+        """
+        assert self.model is not None
+        size, sums = self.args.per_device_train_batch_size, torch.zeros(4, dtype=torch.float64)
+        aside = untouched(self.model, self.attachment)
+        with aside, torch.no_grad(), self.compute_loss_context_manager():
+            set_seed(seed)
+            self.model.train()
+            for start in range(0, len(rows), size):
+                batch = self._prepare_inputs(self.data_collator(rows[start : start + size]))
+                found = self._objective(self.model, batch)
+                items = float(self._items(batch["labels"])) if "labels" in batch else 1.0
+                told = (found.loss, found.task, found.loss - found.task)
+                sums += torch.tensor([items, *(items * float(each) for each in told)], dtype=torch.float64)
+        objective, task, consistency = (sums[1:] / sums[0]).tolist()
+        return objective, task, consistency
 
     def once(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         """One pass over a batch as training makes it, without the consistency: its loss, and the model's outputs or states."""
@@ -150,15 +175,16 @@ class Trainer(TransformersTrainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._sums is not None and self._counts is not None:
-            items, task, apart = self._of_all(self._sums)
+        if self._counts is not None:
             samples, tokens = self._of_all(self._counts)
             self.samples_seen, self.tokens_seen = self.samples_seen + int(samples), self.tokens_seen + int(tokens)
-            if "loss" in logs:
-                logs["task_loss"] = task / items
-                if self.consistency is not None:
-                    logs["consistency"] = apart / items
-            self._sums = self._counts = None
+            self._counts = None
+        if "loss" in logs and self._sums is not None:
+            items, task, apart = self._of_all(self._sums)
+            logs["task_loss"] = task / items
+            if self.consistency is not None:
+                logs["consistency"] = apart / items
+            self._sums = None
         super().log(logs, start_time)
 
     def _of_all(self, numbers: Tensor) -> list[float]:

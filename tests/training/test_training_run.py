@@ -37,6 +37,7 @@ def finished(recipe_file: Path, tmp_path: Path) -> RunFolder:
 def test_the_folder_is_what_the_contract_lists(finished, recipe_file):
     assert {path.name for path in finished.path.iterdir()} == FILES
     assert {path.name for path in (finished.path / "predictions").iterdir()} == {
+        "history.jsonl",
         "train_probe.jsonl",
         "validation.jsonl",
     }
