@@ -16,6 +16,8 @@ class Point:
     train_loss: with `eval_mode`, of a fixed probe of the training rows, measured as the validation loss is; without it,
         what a training loop logged about the batches it was learning from.
     metrics: the task's metrics on the validation rows, by name.
+    gap_interval, rise_interval: of 95 %, over the rows (see `uncertainty`): of validation less train loss, and of the
+        validation loss less its lowest so far; None where the losses of single rows are not known.
     """
 
     step: int
@@ -23,6 +25,8 @@ class Point:
     validation_loss: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     eval_mode: bool = True
+    gap_interval: tuple[float, float] | None = None
+    rise_interval: tuple[float, float] | None = None
 
 
 def from_records(records: Iterable[Mapping[str, Any]]) -> list[Point]:
@@ -41,7 +45,8 @@ def _point(record: Mapping[str, Any]) -> Point:
         probe, validation = record["train_probe"], record["validation"]
         losses = _number(probe["loss"]), _number(validation["loss"])
         metrics = {name: _number(value) for name, value in validation.items() if name != "loss"}
-        return Point(int(record["step"]), *losses, metrics)
+        intervals = {to: _interval(record.get(name)) for name, to in _INTERVALS.items()}
+        return Point(int(record["step"]), *losses, metrics, **intervals)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             "an evaluation in this file cannot be read",
@@ -49,6 +54,16 @@ def _point(record: Mapping[str, Any]) -> Point:
             found=", ".join(map(str, record)),
             allowed="step, train_probe.loss and validation.loss, as `hkft train` writes them",
         ) from error
+
+
+_INTERVALS = {"gap_interval": "gap_interval", "regret_interval": "rise_interval"}  # in a record, in a point
+
+
+def _interval(value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    low, high = map(_number, value)
+    return low, high
 
 
 def _number(value: Any) -> float:

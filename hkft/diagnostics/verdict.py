@@ -11,12 +11,17 @@ The names, and when each is given. The first that holds, from the top, is the ve
                       said of a foreign curve, which has no probe
     unclear           both losses fell, and both rise since the turn: training is unstable
     underfitting      train loss itself does not fall
-    unclear           the noise hides whether validation loss has turned
+    unclear           noise, or the number of rows, hides whether validation loss has turned
     healthy           train loss falls, and validation loss is at its lowest or within noise of it
 
 Why overfitting goes before memorising, where both are true: a turn has a step, so there is something to do at once
 (take the checkpoint of that step, train no longer). Memorising without a turn has no better step to go back to: what
 helps is dropout, more rows, a lower rank. Where both hold, the sentence says both.
+
+Uncertainty. hkft knows the loss of every row at every look, and so how far a mean over these rows may be off (bootstrap,
+95 %, see `uncertainty`). A rise of validation loss whose interval reaches 0 is no turn, whatever the curve looks like: on
+these rows it cannot be told from luck. A gap whose interval is wider than half the validation loss lowers the confidence.
+A curve of another tool has neither: its confidence is lowered too.
 
 How it is decided. Every rule weighs the size of a change against the noise of its own curve; no single number decides.
 
@@ -25,7 +30,7 @@ noise       standard deviation of a curve about the best fit that falls to its l
             because few points always fit well.
 level       of the lowest point: the median of it and its two neighbours, so that one lucky evaluation is not a turn. Of
             the end: the median of the last third of the evaluations that follow the lowest.
-turned      the end lies 5 % or more above the lowest, and either 4 times the noise above it with two or more
+turned      the end lies 5 % or more above the lowest, its interval, where there is one, lies above 0, and either 4 times the noise above it with two or more
             evaluations since, or twice the noise with a rising trend since (Kendall's tau, one-sided p <= 0.05).
 falls       the train loss ends 5 % or more, and twice its noise, below its first evaluation; or its trend over all
             evaluations falls (p <= 0.05) and it ends 5 % below.
@@ -33,7 +38,8 @@ near zero   the probe loss is at most a tenth of the lowest validation loss: a r
 wide        the gap is at least a quarter of the larger of the first two losses.
 rises       the metric at the end is above the metric at the turn by more than its noise (for errors, where lower is
             better: below).
-confidence  "low" below 4 evaluations; "high" from 6 on where trend and size agree; otherwise "medium".
+confidence  "low" below 4 evaluations; "high" from 6 on where trend and size agree; otherwise "medium". One less for a
+            curve that was not measured in eval mode, and one less where the gap is uncertain.
 """
 
 from __future__ import annotations
@@ -58,6 +64,7 @@ NOISE_FLOOR = 0.02  # of the level
 NEAR_ZERO = 0.1  # of the lowest validation loss
 WIDE = 0.25  # of the larger of the first losses
 SIGNIFICANT = 0.05
+UNCERTAIN = 0.5  # of the validation loss: the width of the gap's interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +144,13 @@ class _Shape:
         since = len(self.points) - 1 - self.turn
         by_size = self.rise >= 4 * self.noise and since >= 2
         by_trend = self.rise >= 2 * self.noise and self.trend <= SIGNIFICANT
-        return self.material and (by_size or by_trend)
+        return self.material and self.beyond_luck and (by_size or by_trend)
+
+    @property
+    def beyond_luck(self) -> bool:
+        """Whether other validation rows would show the rise of the last evaluation as well."""
+        interval = self.points[-1].rise_interval
+        return interval is None or interval[0] > 0
 
     @cached_property
     def train_falls(self) -> bool:
@@ -197,12 +210,20 @@ class _Shape:
 
     @property
     def gap(self) -> str:
-        return f"gap {show(self.validation[-1] - self.train[-1])}"
+        """The last one, in words; between which values it lies, where that is known."""
+        interval = self.points[-1].gap_interval
+        between = f", 95 % {show(interval[0])} to {show(interval[1])}" if interval else ""
+        return f"gap {show(self.validation[-1] - self.train[-1])}{between}"
+
+    @property
+    def uncertain_gap(self) -> bool:
+        interval = self.points[-1].gap_interval
+        return interval is not None and interval[1] - interval[0] > UNCERTAIN * abs(self.validation[-1])
 
     def confidence(self, sure: bool) -> Confidence:
-        if len(self.points) < ENOUGH:
-            return "low"
-        return "high" if sure and len(self.points) >= 6 else "medium"
+        levels: tuple[Confidence, ...] = ("low", "medium", "high")
+        level = 0 if len(self.points) < ENOUGH else 2 if sure and len(self.points) >= 6 else 1
+        return levels[max(0, level - (not self.eval_mode) - self.uncertain_gap)]
 
 
 def _of_few(shape: _Shape) -> Verdict:

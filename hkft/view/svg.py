@@ -1,9 +1,11 @@
-"""Line charts as inline SVG, from numbers. Colours come from the page's style sheet, by class."""
+"""Charts as inline SVG, from numbers. Colours come from the page's style sheet, by class."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -11,6 +13,8 @@ from hkft.view.scale import Points, bounds, runs, ticks
 
 WIDTH = 720
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 34  # margins, in the viewBox's units
+SQUARE = 320  # width and height of a reliability diagram
+LARGEST, SMALLEST = 13.0, 2.5  # radius of its dots
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,19 @@ class Line:
     dots: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Band:
+    """What lies between two values at every step, such as an interval: (step, low, high). `style`: as a line's."""
+
+    edges: Sequence[tuple[float, float, float]]
+    style: str
+
+    def side(self, which: int) -> Points:
+        """The lower (1) or upper (2) edge; not a number where either edge is not finite, so that both break there."""
+        whole = [all(map(math.isfinite, edge)) for edge in self.edges]
+        return [(edge[0], edge[which] if there else math.nan) for edge, there in zip(self.edges, whole, strict=True)]
+
+
 Place = Callable[[float], float]
 
 
@@ -33,15 +50,15 @@ def line_chart(
     description: str,
     best: tuple[float, float] | None = None,
     height: int = 280,
+    bands: Sequence[Band] = (),
 ) -> Markup:
     """An `<svg>` of the lines over steps from 0, with axes, a title and a description for those who cannot see it.
 
-    best: a point to mark. Values that are not finite are left out, and the line breaks there.
+    best: a point to mark. bands: drawn below the lines. Values that are not finite are left out: lines and bands break
+    there.
     """
-    span = bounds(line.points for line in lines)
-    head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}"><title>{}</title><desc>{}</desc>').format(
-        WIDTH, height, title, title, description
-    )
+    span = _span([*(line.points for line in lines), *(band.side(which) for band in bands for which in (1, 2))])
+    head = _head(WIDTH, height, title, description)
     if span is None:
         empty = Markup('<text x="{}" y="{}" class="label" text-anchor="middle">nothing was measured</text></svg>')
         return head + empty.format(WIDTH // 2, height // 2)
@@ -55,23 +72,111 @@ def line_chart(
     def down(y: float) -> float:
         return round(TOP + (marks[-1] - y) / (marks[-1] - marks[0]) * (height - TOP - BOTTOM), 1)
 
-    parts = [head, *_axes(marks, steps, across, down, height), *(_line(line, across, down) for line in lines)]
+    parts = [head, *_axes(marks, steps, across, down, height)]
+    parts += [_band(band, across, down) for band in bands]
+    parts += [_line(line, across, down) for line in lines]
     if best:
         parts.append(_best(best, across, down, height))
     return Markup("").join([*parts, Markup("</svg>")])
 
 
-def _axes(marks: Sequence[float], steps: Sequence[float], across: Place, down: Place, height: int) -> list[Markup]:
+def reliability(bins: Sequence[Mapping[str, Any]], *, title: str, description: str, style: str) -> Markup:
+    """A reliability diagram: accuracy over confidence, a dot for each bin that has rows, its area by their number.
+
+    On the diagonal a model is right as often as it says; below it, it is too sure. A stem tells how far a bin is off.
+    """
+    left, side = 40, SQUARE - 40 - 16  # of the square inside the axes
+    head = _head(SQUARE, SQUARE, title, description, "square")
+    filled = [found for found in bins if found.get("count") and _is_number(found, "confidence", "accuracy")]
+    most = max((found["count"] for found in filled), default=1)
+
+    def across(x: float) -> float:
+        return round(left + x * side, 1)
+
+    def down(y: float) -> float:
+        return round(14 + (1 - y) * side, 1)
+
+    parts = [head, *_unit_axes(across, down)]
+    for found in sorted(filled, key=lambda one: -one["count"]):  # the small ones on top
+        x, y = found["confidence"], found["accuracy"]
+        radius = round(max(SMALLEST, LARGEST * math.sqrt(found["count"] / most)), 1)
+        text = f"confidence {x:.3f}, accuracy {y:.3f}, {found['count']:,} rows"
+        parts.append(
+            Markup(
+                '<line x1="{x}" x2="{x}" y1="{ideal}" y2="{y}" class="stem {style}"/>'
+                '<circle cx="{x}" cy="{y}" r="{radius}" class="bin {style}"><title>{text}</title></circle>'
+            ).format(x=across(x), y=down(y), ideal=down(x), radius=radius, style=style, text=text)
+        )
+    return Markup("").join([*parts, Markup("</svg>")])
+
+
+def meter(share: float) -> Markup:
+    """A small bar, filled to `share` of 1: what it tells stands beside it as a number."""
+    width = round(100 * min(max(share, 0.0), 1.0), 1)
+    bar = '<rect width="{}" height="6" rx="3" class="{}"/>'
+    return Markup('<svg viewBox="0 0 100 6" class="meter" aria-hidden="true">' + bar + bar + "</svg>").format(
+        100, "all", width, "part"
+    )
+
+
+def _span(curves: Sequence[Points]) -> tuple[float, float] | None:
+    """Lowest and highest value; the same twice where they differ by rounding only, which has no ticks between."""
+    span = bounds(curves)
+    if span and math.isclose(*span, rel_tol=1e-9, abs_tol=1e-9):
+        return round(span[0], 9), round(span[0], 9)
+    return span
+
+
+def _head(width: int, height: int, title: str, description: str, style: str = "wide") -> Markup:
+    return Markup(
+        '<svg viewBox="0 0 {} {}" class="{}" role="img" aria-label="{}"><title>{}</title><desc>{}</desc>'
+    ).format(width, height, style, title, title, description)
+
+
+def _is_number(found: Mapping[str, Any], *names: str) -> bool:
+    return all(found.get(name) is not None and math.isfinite(found[name]) for name in names)
+
+
+def _unit_axes(across: Place, down: Place) -> list[Markup]:
+    """Axes from 0 to 1, their names, and the diagonal."""
     grid = Markup('<line x1="{}" x2="{}" y1="{}" y2="{}" class="grid"/>')
     label = Markup('<text x="{}" y="{}" class="label" text-anchor="{}">{}</text>')
     parts = []
+    for mark in (0, 0.25, 0.5, 0.75, 1):
+        x, y = across(mark), down(mark)
+        parts += [grid.format(across(0), across(1), y, y), grid.format(x, x, down(0), down(1))]
+        parts.append(label.format(across(0) - 8, round(y + 4, 1), "end", f"{mark:g}"))
+        parts.append(label.format(x, down(0) + 18, "middle", f"{mark:g}"))
+    diagonal = Markup('<line x1="{}" x2="{}" y1="{}" y2="{}" class="diagonal"/>')
+    parts.append(diagonal.format(across(0), across(1), down(0), down(1)))
+    parts.append(label.format(across(0.5), down(0) + 36, "middle", "confidence"))
+    return [*parts, label.format(across(0) + 8, down(1) + 16, "start", "accuracy")]
+
+
+def _axes(marks: Sequence[float], steps: Sequence[float], across: Place, down: Place, height: int) -> list[Markup]:
+    grid = Markup('<line x1="{}" x2="{}" y1="{}" y2="{}" class="{}"/>')
+    label = Markup('<text x="{}" y="{}" class="label" text-anchor="{}">{}</text>')
+    name = Markup('<text x="{}" y="{}" class="label step" text-anchor="middle">{}</text>')
+    parts = []
     for mark in marks:
-        y = down(mark)
-        parts += [grid.format(LEFT, WIDTH - RIGHT, y, y), label.format(LEFT - 8, round(y + 4, 1), "end", f"{mark:g}")]
+        y, style = down(mark), "grid" if mark else "grid zero"
+        parts += [
+            grid.format(LEFT, WIDTH - RIGHT, y, y, style),
+            label.format(LEFT - 8, round(y + 4, 1), "end", f"{mark:g}"),
+        ]
     for step in steps:
         text = "step 0" if step == 0 else f"{step:g}"
-        parts.append(label.format(across(step), height - BOTTOM + 20, "middle", text))
+        parts.append(name.format(across(step), height - BOTTOM + 20, text))
     return parts
+
+
+def _band(band: Band, across: Place, down: Place) -> Markup:
+    upper, parts = dict(band.side(2)), []
+    for piece in runs(band.side(1)):
+        edge = [*piece, *((x, upper[x]) for x, _ in reversed(piece))]
+        path = " ".join(f"{'L' if n else 'M'}{across(x)} {down(y)}" for n, (x, y) in enumerate(edge))
+        parts.append(Markup('<path d="{}Z" class="band {}"/>').format(path, band.style))
+    return Markup("").join(parts)
 
 
 def _line(line: Line, across: Place, down: Place) -> Markup:
