@@ -89,11 +89,14 @@ def compare_runs(
 
 def write_pages(folder: RunFolder) -> None:
     """report.html and README.md of a run, from what lies in its folder."""
+    from hkft.diagnostics.diagnosis import of_run
     from hkft.folder import read_json, write_text
     from hkft.view.card import model_card
     from hkft.view.report import write_report
 
     summary, environment = read_json(folder.summary), read_json(folder.environment)
+    diagnosis = of_run(folder) if folder.history.exists() else None
+    environment.pop("recipe", None)  # the diagnosis has it
     resolved = folder.resolved.read_text(encoding="utf-8")
     write_report(
         folder.report,
@@ -103,6 +106,7 @@ def write_pages(folder: RunFolder) -> None:
         recipe_yaml=resolved,
         environment=environment,
         sites=summary["sites"],
+        diagnosis=diagnosis,
         notices=[Notice(record["text"], record["level"]) for record in folder.records("notice")],
     )
     base = environment["model"]["name"]

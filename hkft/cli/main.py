@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hkft import __version__
-from hkft.cli import check, compare, doctor, evaluate, merge, methods, noise, predict, recipes, train
+from hkft.cli import check, compare, diagnose, doctor, evaluate, merge, methods, noise, predict, recipes, train
 from hkft.view.console import plain_is_asked
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("merge")(merge.merge)
 app.command("compare")(compare.compare)
+app.command("diagnose")(diagnose.diagnose)
 app.command("predict")(predict.predict)
 app.command("check")(check.check)
 app.command("methods")(methods.methods)

@@ -66,6 +66,13 @@ def tokenise(
     return examples
 
 
+def texts_of(examples: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
+    """What the model reads of each example, as text; None where the examples have their prompts."""
+    if "prompt" in examples.column_names:
+        return None
+    return tokenizer.batch_decode(list(examples["input_ids"]), skip_special_tokens=True)
+
+
 def ensure_padding(tokenizer: PreTrainedTokenizerBase, tell: Listener) -> None:
     """Give a tokenizer without a padding token its end-of-sequence token, aloud. Raises SetupError: it has neither."""
     if tokenizer.pad_token is not None:

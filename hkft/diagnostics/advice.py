@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from typing import Any
 
 from hkft.diagnostics.verdict import ENOUGH, Verdict
 from hkft.recipe import Recipe

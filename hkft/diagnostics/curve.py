@@ -45,8 +45,8 @@ def _point(record: Mapping[str, Any]) -> Point:
         probe, validation = record["train_probe"], record["validation"]
         losses = _number(probe["loss"]), _number(validation["loss"])
         metrics = {name: _number(value) for name, value in validation.items() if name != "loss"}
-        intervals = {to: _interval(record.get(name)) for name, to in _INTERVALS.items()}
-        return Point(int(record["step"]), *losses, metrics, **intervals)
+        gap, rise = (_interval(record.get(name)) for name in ("gap_interval", "regret_interval"))
+        return Point(int(record["step"]), *losses, metrics, gap_interval=gap, rise_interval=rise)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             "an evaluation in this file cannot be read",
@@ -54,9 +54,6 @@ def _point(record: Mapping[str, Any]) -> Point:
             found=", ".join(map(str, record)),
             allowed="step, train_probe.loss and validation.loss, as `hkft train` writes them",
         ) from error
-
-
-_INTERVALS = {"gap_interval": "gap_interval", "regret_interval": "rise_interval"}  # in a record, in a point
 
 
 def _interval(value: Any) -> tuple[float, float] | None:

@@ -63,15 +63,15 @@ class Completions:
             **(self.written.scores if self.written else {}),
         }
 
-    def records(self, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    def records(self, names: Sequence[str] | None = None, texts: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """One record a row, as `predictions/*.jsonl` holds them; `loss` is the row's own, per token."""
-        texts = self.written.texts if self.written else {}
+        written = self.written.texts if self.written else {}
         return [
             {
                 "id": self.ids[row],
                 "prompt": self.prompts[row],
                 "label": self.references[row].strip(),
-                "prediction": texts.get(self.prompts[row]),
+                "prediction": written.get(self.prompts[row]),
                 "loss": float(self.losses[row] / self.tokens[row]),
                 "tokens": int(self.tokens[row]),
             }

@@ -1,6 +1,7 @@
 """The numbers of a task, from logits and labels, by scikit-learn and scipy.
 
-    classification   accuracy, f1 (of the second class where there are two, else macro), matthews_correlation
+    classification   accuracy, f1 (of the second class where there are two, else macro), matthews_correlation; of its
+                     probabilities brier and calibration_error, see `hkft.diagnostics.calibration`
     regression       pearson, spearman, mse
 
 A value that the data does not define (the correlation of constant predictions) is NaN, never 0.
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hkft.diagnostics.calibration import brier, expected_calibration_error
 
 Array = NDArray[np.floating]
 
@@ -28,6 +31,8 @@ def classification(logits: Array, labels: NDArray) -> dict[str, float]:
         "accuracy": float(accuracy_score(labels, decided)),
         "f1": float(f1_score(labels, decided, average=average, zero_division=0)),  # pyright: ignore[reportArgumentType]
         "matthews_correlation": float(matthews_corrcoef(labels, decided)),
+        "brier": brier(logits, labels),
+        "calibration_error": expected_calibration_error(logits, labels),
     }
 
 

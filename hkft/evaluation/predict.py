@@ -50,8 +50,8 @@ class Predictions:
         assert self.labels is not None and self.losses is not None, "metrics need labels"
         return {"loss": float(self.losses.mean()), **score(self.task, self.logits, self.labels)}
 
-    def records(self, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """One record a row, as `predictions/*.jsonl` holds them; `names` are the classes' names."""
+    def records(self, names: Sequence[str] | None = None, texts: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """One record a row, as `predictions/*.jsonl` holds them. names: of the classes; texts: what the rows say."""
         classes = self.task == "classification"
         decided = self.logits.argmax(1) if classes else self.logits[:, 0]
 
@@ -63,6 +63,7 @@ class Predictions:
         return [
             {
                 "id": self.ids[row],
+                **({"text": texts[row]} if texts is not None else {}),
                 "label": None if self.labels is None else shown(self.labels[row]),
                 "prediction": shown(decided[row]),
                 "loss": None if self.losses is None else float(self.losses[row]),

@@ -44,14 +44,15 @@ def updates(model: nn.Module) -> list[Update]:
     effective_rank = exp(-sum p_i ln p_i), p_i = sigma_i / sum sigma, of the singular values sigma of B*A (eq. 2 and 3 of
     Roy and Vetterli); update_norm = s * sqrt(sum sigma_i^2). DoRA's magnitudes and biases are not in it. Of an adapter
     that was merged into its weight, W has the update in it. Modules that are trained whole (`modules_to_save`) have no
-    update, and those whose A or B lie elsewhere (meta, sharded) are left out. Changes nothing in the model and draws no
+    update, and those whose A or B lie elsewhere (meta, sharded) or have
+    diverged are left out. Changes nothing in the model and draws no
     random numbers.
     """
     found = []
     with torch.no_grad():
         for name, layer, adapter in _adapted(model):
             a, b = _factors(layer, adapter)
-            if not (_readable(a) and _readable(b)):
+            if not all(_readable(each) and bool(each.isfinite().all()) for each in (a, b)):
                 continue
             sigma = singular_values(b, a).flatten()
             norm = abs(layer.scaling[adapter]) * float(torch.linalg.vector_norm(sigma))

@@ -20,7 +20,7 @@ from hkft.errors import Problem, RecipeError
 from hkft.recipe import catalogue, fields
 from hkft.recipe.problems import home, located, place
 from hkft.recipe.schema import COLUMNS, SECTIONS, TASKS, Schema
-from hkft.recipe.text import KeyPath, Place, Tree, dotted, dump, parse, show
+from hkft.recipe.text import KeyPath, Place, Tree, dotted, dump, parse, show, written
 
 _FULL_RECORD = (("dropout", "sites"), ("dropout", "consistency"))
 
@@ -63,6 +63,11 @@ class Recipe(Schema):
     def provenance(self) -> dict[str, str]:
         """For every value, by its dotted key: "default", "<file>:<line>" or "--set"."""
         return {dotted(path): self._came_from(path) for path in _leaves(self.model_dump(), ())}
+
+    def listed(self) -> list[tuple[str, str, str]]:
+        """Every value: its dotted key, the value as YAML writes it, and where it came from."""
+        dumped = self.model_dump()
+        return [(dotted(path), written(_at(dumped, path)), self._came_from(path)) for path in _leaves(dumped, ())]
 
     @property
     def method(self) -> Method:
@@ -278,6 +283,12 @@ def _leaves(value: Any, path: KeyPath) -> Iterator[KeyPath]:
             yield from _leaves(item, (*path, index))
     else:
         yield path
+
+
+def _at(value: Any, path: KeyPath) -> Any:
+    for part in path:
+        value = value[part]
+    return value
 
 
 def _canonical(value: Any) -> Any:

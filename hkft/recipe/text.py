@@ -110,6 +110,11 @@ def dump(values: Mapping[str, Any]) -> str:
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def written(value: Any) -> str:
+    """A value as YAML writes it, on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n...\n").strip()
+
+
 def dotted(path: KeyPath) -> str:
     return ".".join(map(str, path))
 

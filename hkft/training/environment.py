@@ -30,6 +30,7 @@ def describe(recipe: Recipe, fingerprints: Mapping[str, str]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "model": {"name": recipe.model.name, "revision": _commit(recipe) or recipe.model.revision},
         "data": dict(fingerprints),
+        "recipe": recipe.listed(),
     }
 
 

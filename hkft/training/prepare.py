@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from hkft.data import probe, splits, tokenise
 from hkft.data.completions import IGNORED
+from hkft.data.near import near_duplicates
 from hkft.errors import DataError, RecipeError, nearest
 from hkft.evaluation.metrics import score
 from hkft.events import Listener, Notice, Sample, Stage
@@ -22,6 +23,8 @@ from hkft.folder import RunFolder
 from hkft.model import build
 from hkft.recipe import Recipe
 
+LETTERS = 2_000_000  # of the rows of each set that are searched for near-duplicates: a second or two
+PAIRS = 50  # of near-duplicates that are kept
 SHOWN = 300  # letters of each end of a piece of the example that is shown
 MOST_STEPS = 10_000_000
 FEW = 20  # validation rows: the standard error of an accuracy is then 0.1 and more
@@ -36,6 +39,7 @@ class Material:
     fingerprints: dict[str, str]
     duplicates: int
     tokenizer: PreTrainedTokenizerBase
+    near_duplicates: dict[str, Any] | None  # validation rows compared, and pairs; None in generation
 
     @property
     def ids(self) -> dict[str, list[Any]]:
@@ -68,7 +72,40 @@ def prepare(recipe: Recipe, tell: Listener) -> Material:
         tell(
             Notice(f"the training rows allow a probe of {len(chosen):,} rows with validation's labels, not {wanted:,}")
         )
-    return Material(examples, rows.labels, rows.fingerprints, rows.duplicates, tokenizer)
+    near = _near_duplicates(recipe, rows, tell)
+    return Material(examples, rows.labels, rows.fingerprints, rows.duplicates, tokenizer, near)
+
+
+def _near_duplicates(recipe: Recipe, rows: splits.Splits, tell: Listener) -> dict[str, Any] | None:
+    """Validation rows that nearly stand in train. Of prompts much is alike by design, so that they are left alone."""
+    if recipe.task == "generation":
+        return None
+    assert rows.train is not None and rows.validation is not None
+    tell(Stage("looking for near-duplicates"))
+    train, validation = (_texts(split) for split in (rows.train, rows.validation))
+    letters = sum(map(len, train)) / len(train)
+    most = int(min(max(LETTERS / max(letters, 1), 500), 20_000))
+    found, compared = near_duplicates(train, validation, most_rows=most, seed=recipe.seed)
+    if fresh := [near for near in found if near.similarity < 1]:
+        share = f"{len(fresh):,} of {compared:,} validation rows compared"
+        tell(Notice(f"{share} nearly stand in train, for a word or a mark: report.html shows them", "warning"))
+    ids = (rows.validation["id"], rows.train["id"])
+    pairs = [
+        {
+            "validation_id": ids[0][near.validation],
+            "train_id": ids[1][near.train],
+            "similarity": near.similarity,
+            "validation_text": validation[near.validation][:SHOWN],
+            "train_text": train[near.train][:SHOWN],
+        }
+        for near in found[:PAIRS]
+    ]
+    return {"compared": compared, "pairs": pairs}
+
+
+def _texts(split: datasets.Dataset) -> list[str]:
+    columns = [splits.cells_of(split, name) for name in ("text", "text_pair") if name in split.column_names]
+    return [" / ".join(parts) for parts in zip(*columns, strict=True)]
 
 
 def sample(examples: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> Sample:

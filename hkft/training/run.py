@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import PrinterCallback, set_seed
 
 from hkft.data import tokenise
+from hkft.data.tokenise import texts_of
 from hkft.diagnostics.history import losses_of
 from hkft.dropout.method import Method
 from hkft.dropout.selfcheck import self_check
@@ -31,6 +32,7 @@ from hkft.folder import (
     write_text,
 )
 from hkft.model import build, memory
+from hkft.model.adapter import updates
 from hkft.recipe import Recipe
 from hkft.training import environment, looks
 from hkft.training.prepare import Material, arguments, check_criterion, prepare, step_counts
@@ -38,7 +40,7 @@ from hkft.training.summary import started, summarise
 from hkft.training.trainer import Trainer
 
 CHECKED = 8  # training rows of the self-check
-ASIDE = 64  # rows of the probe of which, at every look, the objective is measured in train mode
+ASIDE = 32  # rows of the probe of which, at every look, the objective is measured in train mode
 
 
 def default_folder(recipe: Recipe) -> Path:
@@ -149,7 +151,8 @@ def _open(folder: RunFolder, recipe: Recipe, material: Material, resume: bool) -
     write_text(folder.recipe, recipe.source)
     write_text(folder.resolved, recipe.resolved())
     write_json(folder.environment, environment.describe(recipe, material.fingerprints))
-    write_json(folder.splits, {**material.ids, "labels": material.labels, "duplicates": material.duplicates})
+    told = {name: getattr(material, name) for name in ("labels", "duplicates", "near_duplicates")}
+    write_json(folder.splits, {**material.ids, **told})
 
 
 def _fit(begun: Begun) -> None:
@@ -171,7 +174,7 @@ def _fit(begun: Begun) -> None:
     }
     if resume and folder.summary.exists():
         facts["recipe"] = read_json(folder.summary)["recipe"]  # resolved.yaml, by which it may go on, is not its name
-    write_json(folder.summary, summarise(recipe, watcher, trainer, "running", facts))
+    write_json(folder.summary, summarise(recipe, folder, watcher, trainer, "running", facts))
     status = "failed"
     try:
         facts |= _self_check(begun)
@@ -186,7 +189,8 @@ def _fit(begun: Begun) -> None:
         status = "interrupted"
         raise
     finally:
-        told = summarise(recipe, watcher, trainer, status, facts)
+        facts["adapter"] = [asdict(update) for update in updates(_adapted(trainer))]
+        told = summarise(recipe, folder, watcher, trainer, status, facts)
         write_json(folder.summary, told)
         if status != "failed":
             tell(Finished(str(folder.path), told, trainer.attachment.report()))
@@ -314,7 +318,8 @@ def _watcher(
         model.save_pretrained(str(folder.adapter))
         material.tokenizer.save_pretrained(str(folder.adapter))
         for split, predictions in seen.items():
-            write_jsonl(folder.predictions(split), predictions.records(material.labels))
+            texts = texts_of(material.examples[split], material.tokenizer)
+            write_jsonl(folder.predictions(split), predictions.records(material.labels, texts))
 
     total, per_epoch = step_counts(len(material.examples["train"]), settings)
     return looks.Looks(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hkft.diagnostics.advice import next_steps
 from hkft.diagnostics.curve import from_records
 from hkft.diagnostics.gap import main_metric
 from hkft.diagnostics.verdict import verdict
@@ -50,7 +51,7 @@ def metric(recipe: Recipe) -> str:
 
 
 def summarise(
-    recipe: Recipe, watcher: looks.Looks, trainer: Trainer, status: str, facts: Mapping[str, Any]
+    recipe: Recipe, folder: RunFolder, watcher: looks.Looks, trainer: Trainer, status: str, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The content of summary.json."""
     curve = watcher.curve
@@ -80,7 +81,7 @@ def summarise(
         "best": sets(best),
         "final": sets(final),
         "gap": {"best": dict(best.gap) if best else None, "final": dict(final.gap) if final else None},
-        "verdict": found.as_dict(),
+        "verdict": {**found.as_dict(), "next": next_steps(found, recipe, str(folder.path))},
         "sites": trainer.attachment.report(),
         "train_runtime_s": seconds,
         "eval_runtime_s": watcher.clock.outside,

@@ -83,5 +83,5 @@ def finish(event: Finished) -> Iterator[str]:
         )
         yield f"dropout {position}/{pattern}: {told}"
     yield f"run folder: {event.run}"
-    for command in words.next_commands(event.run, event.summary):
-        yield f"next: {command}"
+    for why, command in words.next_steps(event.run, event.summary):
+        yield f"next: {why}: {command}"

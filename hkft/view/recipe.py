@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 def show_provenance(recipe: Recipe) -> None:
     """Every value of the recipe, and where it came from."""
-    values = _flat(recipe.model_dump())
-    rows = [[key, _short(values[key]), origin] for key, origin in recipe.provenance.items()]
-    table(["key", "value", "from"], rows, recipe.name)
+    table(["key", "value", "from"], [list(entry) for entry in recipe.listed()], recipe.name)
 
 
 def show_plan(plan: Mapping[str, Any]) -> None:
@@ -65,22 +63,6 @@ def show_method(method: Method) -> None:
     console = output()
     say(console, f"{method.name}: {method.summary}\n")
     say(console, f"dropout: {{method: {method.name}, rate: 0.1}}\n\nor, in full:\n\n{text}")
-
-
-def _flat(value: Any, above: str = "") -> dict[str, Any]:
-    """Values by dotted key, as `Recipe.provenance` names them: a list of records by their numbers."""
-    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        value = {str(index): item for index, item in enumerate(value)}
-    if not isinstance(value, Mapping) or not value:
-        return {above: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{above}.{key}" if above else key)
-    return flat
-
-
-def _short(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
 
 
 def _bytes(count: float) -> str:

@@ -95,10 +95,8 @@ def report(screen: Screen, finished: Finished, width: int, ascii_only: bool) -> 
     if finished.sites:
         parts += [rich_table(words.SITE_COLUMNS, words.site_rows(finished.sites), "What the dropout did"), Text()]
     parts.append(Text.assemble(("run folder  ", "dim"), finished.run, overflow="fold"))
-    parts += [
-        Text.assemble(("next        ", "dim"), (command, "bold"), overflow="fold")
-        for command in words.next_commands(finished.run, finished.summary)
-    ]
+    for why, command in words.next_steps(finished.run, finished.summary):
+        parts += [Text.assemble(("next        ", "dim"), why), Text(f"            {command}", "bold", overflow="fold")]
     return Constrain(Group(*parts), width)
 
 

@@ -165,15 +165,16 @@ def ranges(layers: Sequence[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs) or "-"
 
 
-def next_commands(run: str, summary: Mapping[str, Any]) -> list[str]:
-    """What to type after a run: what was interrupted goes on; what has an adapter can be merged and evaluated."""
+def next_steps(run: str, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What to do after a run, and what to type: what was interrupted goes on, what the verdict asks for, and why it does."""
     folder = shlex.quote(run)
-    commands = []
+    steps = []
     if summary["status"] == "interrupted":
-        commands.append(f"hkft train --recipe {folder}/resolved.yaml --output {folder} --resume")
+        steps.append(("go on from here", f"hkft train --recipe {folder}/resolved.yaml --output {folder} --resume"))
     if summary.get("best"):
-        commands += [f"hkft merge {folder} --output merged", f"hkft eval {folder}"]
-    return commands
+        steps += [(step["why"], step["command"]) for step in summary["verdict"].get("next", ())]
+        steps.append(("what the verdict rests on", f"hkft diagnose {folder}"))
+    return steps
 
 
 def _measured(site: Mapping[str, Any]) -> str:

@@ -301,7 +301,11 @@ def test_eval_on_what_cannot_be_evaluated(hkft, run, args, code, said):
     ran = hkft("eval", run, *args)
     assert (ran.code, ran.out) == (code, "")
     assert ran.err[ran.err.index("error: ") :] == said.format(here=Path.cwd())
-    assert {path.name for path in (run / "predictions").iterdir()} == {"train_probe.jsonl", "validation.jsonl"}
+    assert {path.name for path in (run / "predictions").iterdir()} == {
+        "history.jsonl",
+        "train_probe.jsonl",
+        "validation.jsonl",
+    }
 
 
 @pytest.mark.parametrize(

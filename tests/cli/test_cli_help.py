@@ -11,7 +11,19 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ["train", "eval", "merge", "compare", "predict", "check", "methods", "noise", "recipes", "doctor"]
+COMMANDS = [
+    "train",
+    "eval",
+    "merge",
+    "compare",
+    "diagnose",
+    "predict",
+    "check",
+    "methods",
+    "noise",
+    "recipes",
+    "doctor",
+]
 HEAVY = ["torch", "transformers", "datasets", "peft", "bitsandbytes", "accelerate", "sklearn", "scipy"]
 LOADED = f"""
 import sys

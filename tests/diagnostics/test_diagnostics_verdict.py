@@ -1,6 +1,7 @@
 """Curve shapes and their verdicts, then the error rates of the verdict under known noise."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,3 +163,38 @@ def test_flat_noisy_training_is_underfitting():
 )
 def test_numbers_keep_three_digits_at_any_scale(number, text):
     assert show(number) == text
+
+
+# --- what the rows allow to be said -----------------------------------------------------------------------------------
+
+
+def measured(train, validation, gap=None, rise=None, eval_mode=True):
+    points = curve(train, validation, eval_mode=eval_mode)
+    return [*points[:-1], replace(points[-1], gap_interval=gap, rise_interval=rise)]
+
+
+def test_a_rise_that_other_rows_might_not_show_is_no_turn():
+    late = [0.7, 0.5, 0.4, 0.39, 0.45, 0.52]
+    assert verdict(measured(FALLING, late, rise=(0.05, 0.2))).name == "overfitting"
+    luck = verdict(measured(FALLING, late, rise=(-0.02, 0.3)))
+    assert luck.name == "unclear"
+    assert "too noisy to tell whether it has turned" in luck.text
+
+
+def test_the_gap_is_told_with_its_interval():
+    found = verdict(measured(LORA_TRAIN, LORA_VALIDATION, gap=(0.61, 0.78), rise=(0.18, 0.33)))
+    assert found.text.endswith("(gap 0.694, 95 % 0.610 to 0.780).")
+
+
+@pytest.mark.parametrize(
+    ("gap", "eval_mode", "confidence"),
+    [
+        (None, True, "high"),
+        ((0.6, 0.8), True, "high"),
+        ((0.4, 1.0), True, "medium"),  # a dozen rows
+        (None, False, "medium"),
+        ((0.4, 1.0), False, "low"),
+    ],
+)
+def test_confidence_is_lower_with_few_rows_and_without_a_probe(gap, eval_mode, confidence):
+    assert verdict(measured(LORA_TRAIN, LORA_VALIDATION, gap=gap, eval_mode=eval_mode)).confidence == confidence

@@ -43,6 +43,7 @@ def summary() -> dict[str, Any]:
             "since_step": 126,
             "confidence": "high",
             "text": "Overfitting since step 126: validation loss rose from 0.468 to 0.724.",
+            "next": [{"why": "use the model as it was best", "command": f"hkft merge {RUN} --output merged"}],
         },
         "train_runtime_s": 231.4,
         "train_samples_per_s": 64.3,

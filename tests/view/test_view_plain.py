@@ -33,8 +33,8 @@ trainable parameters: 147,842
 dropout attention_logits/column: layers 0-5, calls 4,536, rate 0.1000, measured 0.0998, rescued 1.2%, time x 1.0
 dropout hidden/element: layers 0-5, calls 0, rate 0.1000, measured did not fire
 run folder: runs/quickstart-hiddenkey-s1-3f9a
-next: hkft merge runs/quickstart-hiddenkey-s1-3f9a --output merged
-next: hkft eval runs/quickstart-hiddenkey-s1-3f9a
+next: use the model as it was best: hkft merge runs/quickstart-hiddenkey-s1-3f9a --output merged
+next: what the verdict rests on: hkft diagnose runs/quickstart-hiddenkey-s1-3f9a
 """
 
 

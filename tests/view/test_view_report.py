@@ -232,7 +232,6 @@ def test_a_run_without_diagnosis_has_what_it_had(write, diagnosis, known):
         "notices",
     ]
     assert sections(page) == expected
-    assert "What to try next" not in page.text
     assert "time for looks" not in page.text
     assert "overfitting, high confidence" in page.text
 

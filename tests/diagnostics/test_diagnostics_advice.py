@@ -1,0 +1,90 @@
+"""What to do about a verdict: every command is one that hkft takes, and changes what it says it changes."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from hkft.diagnostics.advice import MOST, next_steps
+from hkft.diagnostics.verdict import Verdict
+from hkft.recipe import Recipe, load
+
+NAMES = ("healthy", "underfitting", "overfitting", "loss-overfitting", "memorising", "unclear")
+SETTINGS = (
+    (),
+    ("dropout.method=none",),
+    ("dropout.rate=0.4", "diagnostics.patience=2"),
+    ("lora.r=1", "train.max_steps=10", "diagnostics.metric=accuracy", "train.label_smoothing_factor=0.1"),
+)
+
+
+def told(name: str) -> Verdict:
+    return Verdict(name, 126 if "fitting" in name or name == "memorising" else None, "high", "So it is.")  # type: ignore[arg-type]
+
+
+def changed(recipe: Recipe, command: str) -> dict[str, object]:
+    """What a command's --set change in the recipe."""
+    words = shlex.split(command)
+    settings = [words[n + 1] for n, word in enumerate(words) if word == "--set"]
+    assert words[:2] == ["hkft", "train"]
+    assert words[2:4] == ["--recipe", "my run/resolved.yaml"]
+    before, after = ({key: value for key, value, _ in each.listed()} for each in (recipe, recipe.replace(*settings)))
+    return {key: after[key] for key in after if before.get(key) != after[key]}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_can_be_typed_and_changes_something(recipe_file, name, settings):
+    recipe = load(recipe_file, settings)
+    steps = next_steps(told(name), recipe, "my run")
+    assert 1 <= len(steps) <= MOST
+    assert len({step["command"] for step in steps}) == len(steps)
+    for step in steps:
+        assert step["why"]
+        command = step["command"]
+        assert command is not None
+        assert "'my run" in command
+        if command.startswith("hkft train"):
+            assert changed(recipe, command)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_curve_of_another_tool_gets_reasons_and_no_commands(name):
+    steps = next_steps(told(name))
+    assert 1 <= len(steps) <= MOST
+    assert all(step["why"] and step["command"] is None for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("overfitting", ["dropout.method=none"], {"dropout.method": "hiddenkey"}),
+        ("overfitting", ["dropout.rate=0.15"], {"dropout.rate": "0.3"}),
+        ("overfitting", ["dropout.rate=0.3"], {"dropout.rate": "0.4"}),
+        ("overfitting", [], {"diagnostics.patience": "3"}),
+        ("overfitting", ["diagnostics.patience=3"], {"lora.r": "2", "lora.lora_alpha": "4"}),
+        ("loss-overfitting", [], {"diagnostics.metric": "accuracy"}),
+        ("memorising", [], {"train.num_train_epochs": "1"}),
+        ("underfitting", [], {"train.learning_rate": "0.03"}),
+        ("underfitting", [], {"dropout.rate": "0.05"}),
+        ("unclear", [], {"diagnostics.evals_per_epoch": "8"}),
+    ],
+)
+def test_what_is_changed(recipe_file, name, settings, expected):
+    recipe = load(recipe_file, settings)
+    commands = [step["command"] for step in next_steps(told(name), recipe, "my run")]
+    assert (
+        expected.items()
+        <= {
+            key: value
+            for command in commands
+            if command and command.startswith("hkft train")
+            for key, value in changed(recipe, command).items()
+        }.items()
+    )
+
+
+def test_test_rows_are_asked_where_there_are_any(recipe_file, reviews):
+    steps = next_steps(told("healthy"), load(recipe_file, [f"data.test={reviews}"]), "r")
+    assert "hkft eval r --split test" in [step["command"] for step in steps]
