@@ -96,6 +96,7 @@ class Evaluated:
     regret: Mapping[str, float] = field(default_factory=dict)
     regret_interval: tuple[float, float] | None = None
     regularisation: Mapping[str, float] | None = None
+    accuracy_interval: tuple[float, float] | None = None  # of its change since validation loss was lowest
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ class Point:
     metrics: the task's metrics on the validation rows, by name.
     gap_interval, rise_interval: of 95 %, over the rows (see `uncertainty`): of validation less train loss, and of the
         validation loss less its lowest so far; None where the losses of single rows are not known.
+    accuracy_interval: of validation's accuracy less what it was where the loss was lowest; None where there is none.
     """
 
     step: int
@@ -27,6 +28,7 @@ class Point:
     eval_mode: bool = True
     gap_interval: tuple[float, float] | None = None
     rise_interval: tuple[float, float] | None = None
+    accuracy_interval: tuple[float, float] | None = None
 
 
 def from_records(records: Iterable[Mapping[str, Any]]) -> list[Point]:
@@ -45,8 +47,10 @@ def _point(record: Mapping[str, Any]) -> Point:
         probe, validation = record["train_probe"], record["validation"]
         losses = _number(probe["loss"]), _number(validation["loss"])
         metrics = {name: _number(value) for name, value in validation.items() if name != "loss"}
-        gap, rise = (_interval(record.get(name)) for name in ("gap_interval", "regret_interval"))
-        return Point(int(record["step"]), *losses, metrics, gap_interval=gap, rise_interval=rise)
+        gap, rise, accuracy = (
+            _interval(record.get(name)) for name in ("gap_interval", "regret_interval", "accuracy_interval")
+        )
+        return Point(int(record["step"]), *losses, metrics, True, gap, rise, accuracy)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             "an evaluation in this file cannot be read",

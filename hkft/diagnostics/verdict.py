@@ -37,7 +37,7 @@ falls       the train loss ends 5 % or more, and twice its noise, below its firs
 near zero   the probe loss is at most a tenth of the lowest validation loss: a ratio, as each task has its own unit.
 wide        the gap is at least a quarter of the larger of the first two losses.
 rises       the metric at the end is above the metric at the turn by more than its noise (for errors, where lower is
-            better: below).
+            better: below); of an accuracy, whose rows are known, so that the interval of its change lies above 0 too.
 confidence  "low" below 4 evaluations; "high" from 6 on where trend and size agree; otherwise "medium". One less for a
             curve that was not measured in eval mode, and one less where the gap is uncertain.
 """
@@ -198,7 +198,15 @@ class _Shape:
         sign = 1 if self.metric in LOWER_IS_BETTER else -1  # the noise is measured about a curve that falls
         noise = _noise(sign * values, int((sign * values).argmin()), floor=NOISE_FLOOR / 4)
         better = -sign * (_end(values, self.turn) - values[self.turn])
+        if self.accuracy_may_be_luck:
+            return None
         return (values[self.turn], values[-1]) if better > noise else None
+
+    @property
+    def accuracy_may_be_luck(self) -> bool:
+        """Whether other validation rows might show no change of accuracy since the loss was lowest."""
+        interval = self.points[-1].accuracy_interval
+        return self.metric == "accuracy" and interval is not None and interval[0] <= 0 <= interval[1]
 
     @property
     def at(self) -> int:
@@ -253,6 +261,9 @@ def _overfitting(shape: _Shape) -> Verdict:
         )
         return Verdict("loss-overfitting", shape.at, confidence, text)
     text = f"Overfitting since step {shape.at}: {losses} while {shape.rows} {moved}{nearly} ({shape.gap})."
+    if shape.accuracy_may_be_luck:
+        then, now = (shape.points[n].metrics["accuracy"] for n in (shape.turn, -1))
+        text += f" Accuracy, {show(then)} then and {show(now)} now, differs by no more than other rows might give."
     return Verdict("overfitting", shape.at, confidence, text)
 
 

@@ -12,13 +12,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hkft.diagnostics.decomposition import net_gain, regret, regularisation
 from hkft.diagnostics.gap import LOWER_IS_BETTER, gap
-from hkft.diagnostics.uncertainty import Losses, change_interval, gap_interval
+from hkft.diagnostics.uncertainty import Interval, Losses, change_interval, gap_interval
 from hkft.errors import DivergedError
 from hkft.evaluation.completions import Completions
 from hkft.evaluation.predict import Predictions
@@ -53,6 +55,13 @@ class Clock:
 Seen = Predictions | Completions
 
 
+class Lowest(NamedTuple):
+    """Validation at the look where its loss was lowest: of each row its loss, and whether it was decided rightly."""
+
+    losses: Losses
+    right: NDArray[np.bool_] | None
+
+
 @dataclass
 class Looks(TrainerCallback):
     """look(split) -> Predictions, in eval mode; keep(seen) saves the adapter as the best so far.
@@ -73,7 +82,7 @@ class Looks(TrainerCallback):
     log: Callable[[dict[str, float]], None] = lambda numbers: None
     curve: list[Evaluated] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
-    lowest: Losses | None = None  # of validation, where its loss was lowest
+    lowest: Lowest | None = None
     interrupted: int | None = None  # the signal
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -134,8 +143,7 @@ class Looks(TrainerCallback):
             self.keep(seen)
         self.remember(step, seen)
         probe, validation = (seen[split].by_row for split in SPLITS)
-        if self.lowest is None or validation.mean < self.lowest.mean:
-            self.lowest = validation
+        self.lowest = lowest(self.lowest, Lowest(validation, seen["validation"].right))
         earlier = [look.validation for look in self.curve]
         evaluated = Evaluated(
             step=step,
@@ -147,8 +155,9 @@ class Looks(TrainerCallback):
             gap_interval=gap_interval(probe, validation),
             net_gain=net_gain((earlier or [metrics["validation"]])[0], metrics["validation"]),
             regret=regret(earlier, metrics["validation"]),
-            regret_interval=change_interval(self.lowest, validation),
+            regret_interval=change_interval(self.lowest.losses, validation),
             regularisation=self._regularisation(probe),
+            accuracy_interval=_change(self.lowest.right, seen["validation"].right),
         )
         self.curve.append(evaluated)
         self.log(numbers(evaluated))
@@ -175,6 +184,19 @@ class Looks(TrainerCallback):
         if self.patience is None or self.best is None:
             return False
         return sum(seen.step > self.best.step for seen in self.curve) >= self.patience
+
+
+def lowest(before: Lowest | None, now: Lowest) -> Lowest:
+    """The one whose loss is lower; the first of equals."""
+    return now if before is None or now.losses.mean < before.losses.mean else before
+
+
+def _change(before: NDArray[np.bool_] | None, now: NDArray[np.bool_] | None) -> Interval | None:
+    """The interval of the change of an accuracy; None where nothing is decided."""
+    if before is None or now is None:
+        return None
+    ones = np.ones(len(now), dtype=np.int64)
+    return change_interval(Losses(before.astype(float), ones), Losses(now.astype(float), ones))
 
 
 def numbers(evaluated: Evaluated) -> dict[str, float]:

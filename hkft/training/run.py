@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from peft import PeftModel
 from transformers import PrinterCallback, set_seed
 
@@ -356,8 +357,9 @@ def _take_up(folder: RunFolder, watcher: looks.Looks, checkpoint: Path | None) -
         watcher.curve.append(Evaluated(**record))
     past = [record for record in read_jsonl(folder.history) if record["step"] <= step]
     write_jsonl(folder.history, past)
-    for losses in (losses_of(record["validation"]) for record in past):
-        if watcher.lowest is None or losses.mean < watcher.lowest.mean:
-            watcher.lowest = losses
+    for record in past:
+        right = record["validation"]["right"]
+        then = looks.Lowest(losses_of(record["validation"]), None if right is None else np.array(right, dtype=bool))
+        watcher.lowest = looks.lowest(watcher.lowest, then)
     if folder.summary.exists():
         watcher.clock.before = float(read_json(folder.summary).get("train_runtime_s") or 0.0)

@@ -13,11 +13,15 @@ import pytest
 from hkft.folder import read_json
 
 LOSSES = [(1.2, 1.1), (0.8, 0.9), (0.5, 0.8), (0.3, 0.85), (0.15, 1.0), (0.08, 1.2), (0.04, 1.4)]
-BLOCKED = ("torch", "transformers", "peft", "datasets")
-CODE = f"""
+CODE = """
 import sys
-for name in {BLOCKED!r}:
-    sys.modules[name] = None
+
+class Gone:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Gone())
 from hkft.cli.main import app
 app(sys.argv[1:])
 """

@@ -198,3 +198,13 @@ def test_the_gap_is_told_with_its_interval():
 )
 def test_confidence_is_lower_with_few_rows_and_without_a_probe(gap, eval_mode, confidence):
     assert verdict(measured(LORA_TRAIN, LORA_VALIDATION, gap=gap, eval_mode=eval_mode)).confidence == confidence
+
+
+def test_an_accuracy_that_rises_within_luck_is_no_reprieve():
+    """The loss has turned; whether the decisions still improve cannot be told from so few rows."""
+    points = curve(LORA_TRAIN, LORA_VALIDATION, [0.70, 0.72, 0.74, 0.76, 0.78, 0.80])
+    assert verdict(points, metric="accuracy").name == "loss-overfitting"
+    for interval, name in (((0.02, 0.14), "loss-overfitting"), ((-0.02, 0.18), "overfitting")):
+        found = verdict([*points[:-1], replace(points[-1], accuracy_interval=interval)], metric="accuracy")
+        assert found.name == name
+    assert found.text.endswith("Accuracy, 0.720 then and 0.800 now, differs by no more than other rows might give.")
