@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hkft.diagnostics.decomposition import net_gain, regret, regularisation
 from hkft.diagnostics.gap import LOWER_IS_BETTER, gap
 from hkft.diagnostics.uncertainty import Interval, Losses, change_interval, gap_interval
+from hkft.dropout.method import Consistency
 from hkft.errors import DivergedError
 from hkft.evaluation.completions import Completions
 from hkft.evaluation.predict import Predictions
@@ -34,6 +35,15 @@ def steps(total: int, per_epoch: float, evals_per_epoch: int) -> list[int]:
     count = max(1, round(total / per_epoch * evals_per_epoch))
     spread = {max(1, math.ceil(n * per_epoch / evals_per_epoch)) for n in range(1, count + 1)}
     return sorted({step for step in spread if step <= total} | {total})
+
+
+def share(count: int, rows: int, trained: float, consistency: Consistency | None) -> float:
+    """Roughly the part of a run's time that `count` looks at `rows` rows take, of which `trained` rows are trained on.
+
+    A backward pass costs about two forward ones; a second pass without gradients, one more.
+    """
+    seen, learned = count * rows, trained * (3 if consistency is None else 6 if consistency.gradient == "both" else 4)
+    return seen / (seen + learned)
 
 
 @dataclass

@@ -37,6 +37,8 @@ def plan(recipe: Recipe, tell: Listener) -> dict[str, Any]:
     passes = recipe.method.passes
     lengths = train["length"]
     hidden, layers = model.config.hidden_size, model.config.num_hidden_layers
+    count = len(looks.steps(total, per_epoch, recipe.diagnostics.evals_per_epoch)) + 1
+    seen = sum(len(material.examples[split]) for split in looks.SPLITS)
     longest = settings.per_device_train_batch_size * max(lengths)
     return {
         "recipe": recipe.name,
@@ -49,7 +51,10 @@ def plan(recipe: Recipe, tell: Listener) -> dict[str, Any]:
         "duplicates": material.duplicates,
         "steps": total,
         "steps_per_epoch": per_epoch,
-        "evaluations": len(looks.steps(total, per_epoch, recipe.diagnostics.evals_per_epoch)) + 1,
+        "evaluations": count,
+        "evaluations_share_estimate": looks.share(
+            count, seen, len(train) * total / per_epoch, recipe.method.consistency if passes == 2 else None
+        ),
         "passes_per_step": passes,
         "tokens": {
             "longest": max(lengths),

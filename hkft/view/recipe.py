@@ -32,7 +32,12 @@ def show_plan(plan: Mapping[str, Any]) -> None:
             ["rows", _sets(plan["rows"])],
             ["prompts", _sets(plan["prompts"])] if plan["prompts"] else ["labels", _labels(plan)],
             ["in both sets", f"{plan['duplicates']:,} validation rows"],
-            ["steps", f"{plan['steps']:,} ({plan['steps_per_epoch']:,} an epoch), {plan['evaluations']} evaluations"],
+            ["steps", f"{plan['steps']:,} ({plan['steps_per_epoch']:,} an epoch)"],
+            [
+                "evaluations",
+                f"{plan['evaluations']}, roughly {plan['evaluations_share_estimate']:.0%} of the time "
+                "(diagnostics.evals_per_epoch, probe_size)",
+            ],
             ["tokens", f"{tokens['mean']:.1f} a row, {tokens['longest']} at most, {tokens['trained']:,} trained on"],
             [
                 "parameters",

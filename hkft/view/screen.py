@@ -85,7 +85,7 @@ def report(screen: Screen, finished: Finished, width: int, ascii_only: bool) -> 
         parts += [_header(screen.started, ascii_only), Text()]
     if screen.evaluations:
         parts += [*_chart(screen, width, REPORT_CHART, ascii_only), Text()]
-        parts += [_evaluations(screen, width, REPORT_ROWS), Text()]
+        parts += [_evaluations(screen, width, REPORT_ROWS), *_parts(screen), Text()]
     verdict = finished.summary.get("verdict")
     if verdict:
         style = VERDICT_STYLES.get(verdict["name"], "red")
@@ -119,14 +119,16 @@ def done(stage: Stage, ascii_only: bool) -> Text:
 
 
 def _training(screen: Screen, started: Started, width: int, height: int, ascii_only: bool) -> list[RenderableType]:
-    rows = max(2, min(8, (height - 16) // 3))
-    lines = height - 16 - rows
+    told = _parts(screen) if screen.evaluations else []
+    rows = max(2, min(8, (height - 16 - len(told)) // 3))
+    lines = height - 16 - len(told) - rows
     parts: list[RenderableType] = [_header(started, ascii_only), Text(), *_progress(screen, started, width, ascii_only)]
     if screen.evaluations:
         parts.append(Text())
         if lines >= SMALLEST[1]:
             parts += [*_chart(screen, width, min(lines, REPORT_CHART), ascii_only), Text()]
         parts.append(_evaluations(screen, width, rows))
+        parts += told
     if screen.step:
         parts.append(Text())
         parts.append(Text(words.objective(screen.step.objective, started.method), style="dim"))
@@ -198,6 +200,12 @@ def _evaluations(screen: Screen, width: int, rows: int) -> Table:
         kept = [Text(cell) for index, cell in enumerate(cells) if index not in hidden]
         drawn.add_row(*kept, Text("best" if event is best else ""), style=BEST if event is best else None)
     return drawn
+
+
+def _parts(screen: Screen) -> list[RenderableType]:
+    """What the last look's loss is made of, where it was measured."""
+    told = words.parts(screen.evaluations[-1])
+    return [Text(), Text(", ".join(told), style="dim")] if told else []
 
 
 def _hidden(columns: Sequence[tuple[str, str, int]], width: int) -> tuple[set[int], int]:

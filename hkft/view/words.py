@@ -66,6 +66,22 @@ def objective(value: float, method: str) -> str:
     return f"objective {number(value)} ({mode}; {OBJECTIVE})"
 
 
+def parts(look: Evaluated) -> list[str]:
+    """What the loss of a look is made of, each part by its name; see `hkft.diagnostics.decomposition`."""
+    told = []
+    if look.gap_interval:
+        low, high = look.gap_interval
+        told.append(f"gap {number(look.gap.get('loss'))} ({number(low)} to {number(high)})")
+    told += [
+        f"{name} {number(side['loss'])}"
+        for name, side in (("net gain", look.net_gain), ("regret", look.regret))
+        if side
+    ]
+    if look.regularisation:
+        told.append(f"regularisation {number(look.regularisation['total'])}")
+    return told
+
+
 def metric_of(summary: Mapping[str, Any]) -> str:
     """The metric that a run is told by: the one that chose its best step, or its task's."""
     return summary.get("metric") or main_metric(summary["task"])

@@ -1,4 +1,5 @@
 import contextlib
+import io
 import itertools
 import re
 
@@ -6,8 +7,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from hkft.events import Evaluated, Sample, Stage, Started, TrainStep
-from hkft.view.screen import Screen
+from hkft.events import Evaluated, Finished, Sample, Stage, Started, TrainStep
+from hkft.view.screen import Screen, report
 from hkft.view.terminal import view
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -197,3 +198,18 @@ def test_an_example_is_shown_once_and_its_stage_leaves_one_line(terminal):
     text = console.file.buffer.getvalue().decode()
     assert text.count("✓ tokenising train") == 1
     assert text.count("a question -> an answer") == 1
+
+
+def test_what_the_loss_is_made_of_stands_under_the_evaluations():
+    screen = Screen()
+    measured = {
+        "gap_interval": (0.1, 0.3), "net_gain": {"loss": 0.24}, "regret": {"loss": 0.011},
+        "regularisation": {"total": 0.05, "dropout": 0.03, "consistency": 0.02},
+    }  # fmt: skip
+    screen(Evaluated(63, 1.0, {"loss": 0.4}, {"loss": 0.6}, {"loss": 0.2}, True, 1.0, **measured))
+    console = Console(width=80, file=io.StringIO(), force_terminal=True, color_system=None)
+    console.print(
+        report(screen, Finished("run", {"status": "finished", "task": "classification"}), 80, ascii_only=False)
+    )
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "gap 0.200 (0.100 to 0.300), net gain 0.240, regret 0.011, regularisation 0.050" in shown
