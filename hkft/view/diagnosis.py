@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
 from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
 from hkft.view.chart import SMALLEST, Series, chart
@@ -42,10 +43,12 @@ def show_diagnosis(found: Record, title: str, console: Console | None = None) ->
     if facts:
         parts += [Text(), rich_table(["what", "", "in words"], facts)]
     parts += [Text(note, style="dim") for note in found["notes"]]
+    steps = Table.grid(padding=(0, 2))
     for step in verdict["next"]:
-        parts.append(Text.assemble(("next  ", "dim"), step["why"]))
+        steps.add_row(Text("next", style="dim"), Text(step["why"]))
         if step["command"]:
-            parts.append(Text(f"      {step['command']}", style="bold", overflow="fold"))
+            steps.add_row("", Text(step["command"], style="bold", overflow="fold"))
+    parts += [Text(), steps]
     console.print(Constrain(Group(*parts), width))
 
 

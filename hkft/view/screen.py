@@ -95,8 +95,11 @@ def report(screen: Screen, finished: Finished, width: int, ascii_only: bool) -> 
     if finished.sites:
         parts += [rich_table(words.SITE_COLUMNS, words.site_rows(finished.sites), "What the dropout did"), Text()]
     parts.append(Text.assemble(("run folder  ", "dim"), finished.run, overflow="fold"))
+    steps = Table.grid(padding=(0, 2))
     for why, command in words.next_steps(finished.run, finished.summary):
-        parts += [Text.assemble(("next        ", "dim"), why), Text(f"            {command}", "bold", overflow="fold")]
+        steps.add_row(Text("next      ", style="dim"), Text(why))
+        steps.add_row("", Text(command, style="bold", overflow="fold"))
+    parts.append(steps)
     return Constrain(Group(*parts), width)
 
 

@@ -140,7 +140,7 @@ def test_a_live_run_leaves_a_report_no_wider_than_the_terminal(run, terminal, wi
     assert max(map(cell_len, lines)) <= width
     words = " ".join(" ".join(line.strip("│ ") for line in lines).split())
     assert "Overfitting since step 126: validation loss rose from 0.468 to 0.724." in words
-    assert "next what the verdict rests on hkft diagnose runs/quickstart-hiddenkey-s1-3f9a" in words
+    assert "nextwhattheverdictrestsonhkftdiagnoseruns/quickstart-hiddenkey-s1-3f9a" in words.replace(" ", "")
     if width >= 80:
         assert "final, step 378 validation loss 0.724 (gap 0.694), validation accuracy 0.773 (gap 0.220)" in words
         assert "attention_logits column 0-5 4,536 0.1000 0.0998 1.2% x 1.0" in words
