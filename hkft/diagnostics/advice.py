@@ -1,11 +1,13 @@
 """What to do about a verdict: at most three next steps, each with its reason and, for a run of hkft's, its command.
 
-    healthy           merge it; look at the test rows, where there are any; else see whether it holds over seeds
+    healthy           merge it; look at the test rows, where there are any; else see whether it holds over seeds; where the
+                      gap is wide, more dropout
     overfitting       keep the adapter of the best step; more dropout; stop early, or a lower rank
     loss-overfitting  choose by the metric; soften the labels; more dropout
     memorising        more dropout; a lower rank; fewer epochs
-    underfitting      a higher learning rate; more epochs; less dropout
-    unclear           more evaluations; more seeds
+    underfitting      a higher learning rate; more epochs; less dropout; where training went up, a lower learning rate
+    unclear           more evaluations; more seeds; where rows are too few, more validation rows; where nothing carries over
+                      to validation, more dropout, a lower rank
 
 More dropout is HiddenKey where there is none, else twice the rate up to 0.4; a lower rank is half of it. A command starts from
 the run's own recipe, so that nothing else changes.
@@ -26,11 +28,14 @@ Step = dict[str, str | None]  # why, command
 
 def next_steps(found: Verdict, recipe: Recipe | None = None, run: str | None = None) -> list[Step]:
     """The steps for a verdict. recipe and run: those of a run of hkft's; without them there are reasons and no commands."""
-    steps: list[Step | None] = [step(found, recipe, run) for step in _STEPS[found.name]]
+    wanted = _CAUSES.get((found.name, found.cause), _STEPS[found.name])
+    steps: list[Step | None] = [step(found, recipe, run) for step in wanted]
     return [step for step in steps if step is not None][:MOST]
 
 
-def _keep_best(found: Verdict, recipe: Recipe | None, run: str | None) -> Step:
+def _keep_best(found: Verdict, recipe: Recipe | None, run: str | None) -> Step | None:
+    if not found.since_step:  # it was best before training
+        return None
     why = f"use the model as it was best, not as it ended (validation loss was lowest at step {found.since_step})"
     return _step(why, run and f"hkft merge {shlex.quote(run)} --output merged")
 
@@ -103,7 +108,7 @@ def _choose_by_metric(found: Verdict, recipe: Recipe | None, run: str | None) ->
     if recipe is None:
         return _step("choose the checkpoint by the metric, and do not read its probabilities as they are")
     metric = {"classification": "accuracy", "regression": "pearson"}.get(recipe.task, "token_accuracy")
-    if recipe.diagnostics.metric == metric:
+    if recipe.diagnostics.metric not in (None, "loss"):
         return None
     return _again("keep the adapter of the best metric, not of the best loss", run, f"diagnostics.metric={metric}")
 
@@ -126,7 +131,8 @@ def _epochs(why: str, times: float, recipe: Recipe | None, run: str | None) -> S
     if recipe is None:
         return _step(why)
     if (steps := recipe.train.get("max_steps")) and steps > 0:
-        return _again(why, run, f"train.max_steps={max(1, round(times * steps))}")
+        wanted = max(1, round(times * steps))
+        return None if wanted == steps else _again(why, run, f"train.max_steps={wanted}")
     return _again(why, run, f"train.num_train_epochs={times * recipe.train['num_train_epochs']:g}")
 
 
@@ -135,6 +141,24 @@ def _higher_rate(found: Verdict, recipe: Recipe | None, run: str | None) -> Step
     if recipe is None:
         return _step(why)
     return _again(why, run, f"train.learning_rate={3 * float(recipe.train['learning_rate']):.3g}")
+
+
+def _lower_rate(found: Verdict, recipe: Recipe | None, run: str | None) -> Step | None:
+    why = "a learning rate a tenth as high"
+    if recipe is None:
+        return _step(why)
+    return _again(why, run, f"train.learning_rate={float(recipe.train['learning_rate']) / 10:.3g}")
+
+
+def _more_rows(found: Verdict, recipe: Recipe | None, run: str | None) -> Step | None:
+    why = "more validation rows: these are too few to tell"
+    if recipe is None:
+        return _step(why)
+    if isinstance(recipe.data.validation, float):
+        return _again(why, run, f"data.validation={min(2 * recipe.data.validation, 0.5):g}")
+    if recipe.data.validation_rows:
+        return _again(why, run, f"data.validation_rows={2 * recipe.data.validation_rows}")
+    return None
 
 
 def _more_evaluations(found: Verdict, recipe: Recipe | None, run: str | None) -> Step | None:
@@ -165,4 +189,10 @@ _STEPS: dict[str, list[Callable[[Verdict, Recipe | None, str | None], Step | Non
     "memorising": [_more_dropout, _lower_rank, _fewer_epochs],
     "underfitting": [_higher_rate, _more_epochs, _less_dropout],
     "unclear": [_more_evaluations, _seeds],
+}
+_CAUSES: dict[tuple[str, str | None], list[Callable[[Verdict, Recipe | None, str | None], Step | None]]] = {
+    ("healthy", "gap"): [_merge, _more_dropout, _seeds],
+    ("underfitting", "rate"): [_lower_rate, _seeds],
+    ("unclear", "rows"): [_more_rows, _seeds],
+    ("unclear", "nothing"): [_more_dropout, _lower_rank, _seeds],
 }

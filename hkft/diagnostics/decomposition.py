@@ -2,7 +2,7 @@
 
     regularisation   what training adds on purpose, on rows of the probe: the objective that the optimizer descends less
                      the loss of the same rows in eval mode. dropout: the task loss in train mode less that loss.
-                     consistency: weight x KL. They add up to the total.
+                     smoothing: what softened labels add to it. consistency: weight x KL. They add up to the total.
     gap              validation less probe, both in eval mode: what the model knows of rows only because it saw them
     net gain         validation before training less validation now: what training was worth
     regret           validation now less validation at its best: what training since then has cost
@@ -12,7 +12,9 @@ For a metric where higher is better the signs are turned: a positive gap or regr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from hkft.diagnostics.gap import LOWER_IS_BETTER, gap
 
@@ -33,16 +35,30 @@ def regret(looks: Sequence[Numbers], now: Numbers) -> dict[str, float]:
 
 
 def _best(name: str, values: Sequence[float]) -> float:
-    finite = [value for value in values if value == value]
+    finite = [value for value in values if value is not None and math.isfinite(value)]  # JSON has null for NaN
     if not finite:
         return float("nan")
     return min(finite) if name in LOWER_IS_BETTER else max(finite)
 
 
-def regularisation(objective: float, task: float, consistency: float, probe: float) -> dict[str, float]:
-    """The parts of what training adds: objective = task + consistency (weighed) in train mode, probe in eval mode.
+class Added(NamedTuple):
+    """Of some rows in train mode: the objective; in it the task loss and weight x consistency; that task loss unsmoothed."""
+
+    objective: float
+    task: float
+    consistency: float
+    unsmoothed: float
+
+
+def regularisation(added: Added, probe: float) -> dict[str, float]:
+    """The parts of what training adds to `probe`, the loss of the same rows in eval mode.
 
     To a millionth: they are differences of numbers in single precision.
     """
-    parts = {"total": objective - probe, "dropout": task - probe, "consistency": consistency}
+    parts = {
+        "total": added.objective - probe,
+        "dropout": added.unsmoothed - probe,
+        "smoothing": added.task - added.unsmoothed,
+        "consistency": added.consistency,
+    }
     return {name: round(value, 6) + 0.0 for name, value in parts.items()}

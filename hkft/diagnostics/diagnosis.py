@@ -5,6 +5,7 @@ Of hkft's own runs, with the losses of single rows; of a curve that another tool
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from hkft.diagnostics.curve import Point, from_records
 from hkft.diagnostics.history import history_of
 from hkft.diagnostics.memorisation import Row, forgotten, memorised, suspicious, told_apart
 from hkft.diagnostics.verdict import verdict
-from hkft.errors import SetupError
+from hkft.errors import HkftError
 from hkft.folder import RunFolder, read_json, read_jsonl
 from hkft.recipe import Recipe, load
 
@@ -32,10 +33,10 @@ def diagnose(path: str | Path) -> dict[str, Any]:
 
     Raises UsageError where there is nothing, DataError where it is no curve.
     """
-    folder = RunFolder(Path(path))
-    if Path(path).name == folder.metrics.name and RunFolder(Path(path).parent).exists:
-        folder = RunFolder(Path(path).parent)
-    return of_run(folder) if folder.exists else of_file(path)
+    place = Path(path)
+    around = [RunFolder(each) for each in (place, *place.parents[:3])]  # its metrics, its checkpoints
+    folder = next((each for each in around if each.exists), None)
+    return of_file(path) if folder is None or not place.exists() else of_run(folder)
 
 
 def of_file(path: str | Path) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def of_run(folder: RunFolder) -> dict[str, Any]:
     summary, evals = read_json(folder.summary), folder.records("eval")
     curve = from_records(evals)
     told = verdict(curve, metric=summary["metric"])
-    environment, splits = read_json(folder.environment), read_json(folder.splits)
+    environment, splits = (read_json(each) if each.exists() else {} for each in (folder.environment, folder.splits))
     seconds, training = (summary.get(f"{what}_runtime_s") or 0.0 for what in ("eval", "train"))
     return {
         "source": "a run of hkft's",
@@ -100,15 +101,15 @@ def _decomposed(record: Record) -> dict[str, Any]:
 
 
 def _recipe(folder: RunFolder) -> Recipe | None:
-    """None where peft and transformers, whose fields a recipe has, are not installed: a diagnosis does not need them."""
+    """None where it is gone, of another version, or where peft, whose fields it has, is not installed: it is not needed."""
     try:
         return load(folder.resolved)
-    except SetupError:
+    except HkftError:
         return None
 
 
 def _calibration(folder: RunFolder, task: str, splits: Record) -> dict[str, Any] | None:
-    if task != "classification":
+    if task != "classification" or "labels" not in splits:
         return None
     found = {}
     for split in ("train_probe", "validation"):
@@ -123,19 +124,26 @@ def _calibration(folder: RunFolder, task: str, splits: Record) -> dict[str, Any]
 
 def _memorisation(folder: RunFolder, splits: Record, best_step: int | None) -> dict[str, Any] | None:
     looks = read_jsonl(folder.history)
-    if not looks:
+    if not looks or "train_probe" not in splits:
         return None
     probe, validation = (history_of(looks, split) for split in ("train_probe", "validation"))
     best = next((n for n, look in enumerate(looks) if look["step"] == best_step), len(looks) - 1)
     probe_rows, validation_rows = (
         _named(splits[split], read_jsonl(folder.predictions(split))) for split in ("train_probe", "validation")
     )
+    lists = {
+        "memorised": (memorised(probe, best, len(probe_rows)), probe_rows),
+        "forgotten": (forgotten(validation, len(validation_rows)), validation_rows),
+        "suspicious": (suspicious(probe, best, len(probe_rows)), probe_rows),
+    }
+    auc = told_apart(probe.losses[-1], validation.losses[-1])
+    if not auc.low > 0.5:  # rows alone prove nothing where the sets cannot be told apart
+        lists["memorised"] = ([], probe_rows)
     return {
-        "auc": asdict(told_apart(probe.losses[-1], validation.losses[-1])),
-        "auc_before": asdict(told_apart(probe.losses[0], validation.losses[0])),
-        "memorised": _rows(memorised(probe, best, ROWS), probe_rows),
-        "forgotten": _rows(forgotten(validation, ROWS), validation_rows),
-        "suspicious": _rows(suspicious(probe, best, ROWS), probe_rows),
+        "auc": asdict(auc),
+        "auc_before": asdict(told_apart(probe.losses[0], validation.losses[0])) if looks[0]["step"] == 0 else None,
+        "counts": {name: len(rows) for name, (rows, _) in lists.items()},
+        **{name: _rows(rows[:ROWS], named) for name, (rows, named) in lists.items()},
     }
 
 
@@ -151,13 +159,19 @@ def _rows(rows: Sequence[Row], named: Sequence[Record]) -> list[dict[str, Any]]:
             "id": named[row.index]["id"],
             "text": named[row.index].get("text", named[row.index].get("prompt")),
             "label": named[row.index].get("label"),
-            "prediction": named[row.index].get("prediction"),
             **{name: getattr(row, name) for name in ("first", "lowest", "last", "since")},
         }
         for row in rows
     ]
 
 
-def _reproduce(environment: Record, folder: RunFolder) -> list[str]:
-    pins = [f"{name}=={version}" for name, version in environment["versions"].items() if version and name != "python"]
-    return [f"pip install {' '.join(pins)}", f"hkft train --recipe {folder.resolved} --output again"]
+def _reproduce(environment: Record, folder: RunFolder) -> list[str] | None:
+    if "versions" not in environment:
+        return None
+    pins = [
+        f"{name}=={version.partition('+')[0]}"
+        for name, version in environment["versions"].items()
+        if version and name != "python"
+    ]
+    resolved = shlex.quote(str(folder.resolved))
+    return [f"pip install {' '.join(pins)}", f"hkft train --recipe {resolved} --output again"]

@@ -45,6 +45,7 @@ VALIDATION = (
     *("validation/loss", "val_loss_epoch"),
 )
 ONE_OF_SEVERAL = re.compile(r"eval[_/](.+)[_/]loss", re.IGNORECASE)
+OURS = re.compile(r"eval_(train_probe|gap|net_gain|regret|regularisation)_")  # hkft's own logs: no evaluation sets
 TEST = ("test_loss", "test/loss")
 SUMMARY = "train_runtime"
 
@@ -55,7 +56,7 @@ HIGHER_IS_BETTER = tuple(
 )
 OF_DECISIONS = LOWER_IS_BETTER - {"loss", "perplexity", "calibration_error", "brier"}  # these tell the loss once more
 NO_METRIC = re.compile(
-    r"loss|time|took|per_sec|_s$|throughput|tokens$|memory|(^|_)mem_|step|epoch|(^|_)lr$|learning_rate|grad_norm",
+    r"loss|(^|_)(run)?times?(_|$)|took|per_sec|_s$|throughput|tokens$|memory|(^|_)mem_|step|epoch|(^|_)lr$|learning_rate|grad_norm",
     re.IGNORECASE,
 )
 
@@ -271,7 +272,7 @@ def _columns(rows: Sequence[Row], where: str, notes: list[str]) -> _Columns:
     numbered = [name for name in names if any(_number(row.get(name)) is not None for row in rows)]
     stepped = [name for name in names if any(_step(row.get(name)) is not None for row in rows)]
     train = _first(TRAIN, numbered)
-    several = sorted((name for name in numbered if ONE_OF_SEVERAL.fullmatch(name)), key=str.lower)
+    several = sorted((n for n in numbered if ONE_OF_SEVERAL.fullmatch(n) and not OURS.match(n)), key=str.lower)
     validation = _first(VALIDATION, numbered) or next(iter(several), None) or _first(TEST, numbered)
     if validation in several and len(several) > 1:
         notes.append(f"of several evaluation sets, {validation} is read; the others are {_list(several[1:])}")
@@ -284,7 +285,7 @@ def _columns(rows: Sequence[Row], where: str, notes: list[str]) -> _Columns:
 
 
 def _first(wanted: Sequence[str], names: Sequence[str]) -> str | None:
-    by_lower = {name.lower(): name for name in reversed(names)}
+    by_lower = {re.sub(r"\s+", "_", name.strip().lower()): name for name in reversed(names)}
     return next((by_lower[name] for name in wanted if name in by_lower), None)
 
 

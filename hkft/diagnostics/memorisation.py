@@ -121,6 +121,8 @@ def memorised(history: History, best: int, count: int = 10) -> list[Row]:
 def forgotten(history: History, count: int = 10) -> list[Row]:
     """Validation rows that were known and no longer are, by the rise of their loss. Looks before training do not count.
 
+    Only rows that were fitted: their lowest loss is at most half of their first, so that a model that flips between
+    constant answers forgets nothing.
     With `right`: rows decided rightly at an earlier look and wrongly at the last: "forgetting events" of Toneva et al.
     2019, those that were not made good. since: the last look at which it was right.
     Without: rows whose last loss is at least twice their lowest, and above it by more than the median change of a loss
@@ -140,6 +142,7 @@ def forgotten(history: History, count: int = 10) -> list[Row]:
     else:
         known = history.right[np.ix_(looks, rows)]
         chosen = known.any(0) & ~known[-1]
+    chosen = chosen & (lowest <= HALVED * losses[0])
     since = history.steps[looks[_last(known[:, chosen])]]
     return _listed(losses[:, chosen], rows[chosen], (last - lowest)[chosen], since.tolist(), count)
 

@@ -6,6 +6,7 @@ that takes runs, see `hkft compare`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,23 +31,38 @@ class Losses:
     def mean(self) -> float:
         return float(self.sums.sum() / self.items.sum())
 
+    def grouped(self, groups: NDArray[np.integer] | None) -> Losses:
+        """Of each group of rows as of one: completions of one prompt are alike, and are drawn together. groups: [N]."""
+        if groups is None:
+            return self
+        member = np.unique(groups, return_inverse=True)[1]
+        return Losses(
+            np.bincount(member, self.sums).astype(np.float64), np.bincount(member, self.items).astype(np.int64)
+        )
+
     @property
     def each(self) -> NDArray[np.floating]:
         """[N], of a row by item."""
         return self.sums / self.items
 
 
-def gap_interval(probe: Losses, validation: Losses, seed: int = 0) -> Interval:
-    """Of the mean loss of validation minus that of the probe, rows of each drawn anew on their own."""
-    draw = np.random.default_rng(seed)
-    draws = min(_draws(len(probe.sums)), _draws(len(validation.sums)))
-    return _interval(_means([validation], draws, draw)[0] - _means([probe], draws, draw)[0])
+def gap_interval(probe: Losses, validation: Losses, seed: int = 0) -> Interval | None:
+    """Of the mean loss of validation minus that of the probe, rows of each drawn anew on their own; None below 2 rows."""
+    rows = min(len(probe.sums), len(validation.sums))
+    if rows < 2:
+        return None
+    draw, draws = np.random.default_rng(seed), min(_draws(len(probe.sums)), _draws(len(validation.sums)))
+    drawn = _means([validation], draws, draw)[0] - _means([probe], draws, draw)[0]
+    return _interval(drawn, validation.mean - probe.mean, rows)
 
 
-def change_interval(before: Losses, after: Losses, seed: int = 0) -> Interval:
+def change_interval(before: Losses, after: Losses, seed: int = 0) -> Interval | None:
     """Of the mean loss of a set after minus that before: the same rows at both looks, so they are drawn together."""
-    earlier, later = _means([before, after], _draws(len(before.sums)), np.random.default_rng(seed))
-    return _interval(later - earlier)
+    rows = len(before.sums)
+    if rows < 2:
+        return None
+    earlier, later = _means([before, after], _draws(rows), np.random.default_rng(seed))
+    return _interval(later - earlier, after.mean - before.mean, rows)
 
 
 def _draws(rows: int) -> int:
@@ -65,6 +81,11 @@ def _means(looks: list[Losses], draws: int, draw: np.random.Generator) -> list[N
     return [np.concatenate(found) for found in means]
 
 
-def _interval(numbers: NDArray[np.floating]) -> Interval:
-    low, high = np.quantile(numbers, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def _interval(drawn: NDArray[np.floating], measured: float, rows: int) -> Interval:
+    """The percentiles, set apart from what was measured as Student's t is from the normal: few rows vary too little."""
+    from scipy.stats import norm, t
+
+    share = (1 + LEVEL) / 2
+    wider = t.ppf(share, rows - 1) / norm.ppf(share) * math.sqrt(rows / (rows - 1))
+    low, high = measured + wider * (np.quantile(drawn, [1 - share, share]) - measured)
     return float(low), float(high)

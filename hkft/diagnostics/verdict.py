@@ -12,6 +12,7 @@ The names, and when each is given. The first that holds, from the top, is the ve
     unclear           both losses fell, and both rise since the turn: training is unstable
     underfitting      train loss itself does not fall
     unclear           noise, or the number of rows, hides whether validation loss has turned
+    unclear           train loss falls, and validation loss never came down from where it was before training
     healthy           train loss falls, and validation loss is at its lowest or within noise of it
 
 Why overfitting goes before memorising, where both are true: a turn has a step, so there is something to do at once
@@ -30,7 +31,8 @@ noise       standard deviation of a curve about the best fit that falls to its l
             because few points always fit well.
 level       of the lowest point: the median of it and its two neighbours, so that one lucky evaluation is not a turn. Of
             the end: the median of the last third of the evaluations that follow the lowest.
-turned      the end lies 5 % or more above the lowest, its interval, where there is one, lies above 0, and either 4 times the noise above it with two or more
+turned      the end lies 5 % or more above the lowest; the intervals of the rise at the last third of the evaluations,
+            where there are any, lie above 0 (their median does), and either 4 times the noise above it with two or more
             evaluations since, or twice the noise with a rising trend since (Kendall's tau, one-sided p <= 0.05).
 falls       the train loss ends 5 % or more, and twice its noise, below its first evaluation; or its trend over all
             evaluations falls (p <= 0.05) and it ends 5 % below.
@@ -74,12 +76,15 @@ class Verdict:
     since_step: overfitting and loss-overfitting: the step where validation loss was lowest, the turn. Memorising: the
         first evaluation from which on it holds. Otherwise None.
     text: one plain sentence with the numbers.
+    cause: what stands behind it, for `advice`: "rate" (training went up instead of down), "rows" (too few to tell),
+        "nothing" (nothing of what was learned carries over), "gap" (healthy, but for a wide gap); else None.
     """
 
     name: Name
     since_step: int | None
     confidence: Confidence
     text: str
+    cause: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -107,6 +112,8 @@ def verdict(curve: Sequence[Point], *, metric: str | None = None) -> Verdict:
         return _underfitting(shape)
     if shape.hidden_by_noise:
         return _noisy(shape)
+    if shape.nothing_carries_over:
+        return _nothing(shape)
     return _healthy(shape)
 
 
@@ -148,9 +155,10 @@ class _Shape:
 
     @property
     def beyond_luck(self) -> bool:
-        """Whether other validation rows would show the rise of the last evaluation as well."""
-        interval = self.points[-1].rise_interval
-        return interval is None or interval[0] > 0
+        """Whether other validation rows would show the rise as well: at the most of the last evaluations, as `_end` has it."""
+        after = self.points[self.turn + 1 :] or self.points[-1:]
+        intervals = [point.rise_interval for point in after[-math.ceil(len(after) / 3) :]]
+        return any(each is None for each in intervals) or float(np.median([each[0] for each in intervals if each])) > 0
 
     @cached_property
     def train_falls(self) -> bool:
@@ -178,6 +186,19 @@ class _Shape:
     @property
     def memorised(self) -> bool:
         return self.eval_mode and len(self.points) > 1 and self.memorised_at[-1]
+
+    @property
+    def nothing_carries_over(self) -> bool:
+        """The curve begins before training, and validation has not come down from there, materially or beyond its noise."""
+        fall = self.validation[0] - _around(self.validation, self.turn)
+        return self.points[0].step == 0 and (fall < MATERIAL * abs(self.validation[0]) or fall < 2 * self.noise)
+
+    @property
+    def wide_gap(self) -> bool:
+        """By the rows a gap beyond luck, and a quarter of where the losses began."""
+        interval = self.points[-1].gap_interval
+        wide = self.validation[-1] - self.train[-1] >= WIDE * max(self.train[0], self.validation[0])
+        return bool(wide and interval is not None and interval[0] > 0)
 
     @property
     def hidden_by_noise(self) -> bool:
@@ -237,7 +258,7 @@ class _Shape:
 def _of_few(shape: _Shape) -> Verdict:
     risen = shape.validation[-1] >= 1.5 * shape.validation.min()
     halved = shape.train[-1] <= 0.5 * shape.train[0]
-    if risen and halved:
+    if risen and halved and shape.beyond_luck:
         return _overfitting(shape)
     if shape.memorised:
         return _memorising(shape)
@@ -283,7 +304,12 @@ def _underfitting(shape: _Shape) -> Verdict:
         f"{show(shape.train[-1])} at step {shape.points[-1].step} ({shape.gap})."
     )
     rises = shape.train[-1] >= shape.train[0]
-    return Verdict("underfitting", None, shape.confidence(bool(rises) or _rising(-shape.train) > 0.2), text)
+    worst = int(shape.train.argmax())
+    wild = shape.train[worst] >= (1 + MATERIAL) * shape.train[0]
+    if wild:
+        text += f" It went up to {show(shape.train[worst])} on the way: the learning rate is probably too high."
+    sure = bool(rises) or _rising(-shape.train) > 0.2
+    return Verdict("underfitting", None, shape.confidence(sure), text, "rate" if wild else None)
 
 
 def _unstable(shape: _Shape) -> Verdict:
@@ -296,12 +322,29 @@ def _unstable(shape: _Shape) -> Verdict:
 
 
 def _noisy(shape: _Shape) -> Verdict:
+    interval = shape.points[-1].rise_interval
+    if shape.material and not shape.beyond_luck and interval:
+        text = (
+            f"Unclear: validation loss is {show(shape.validation[-1])} after a lowest of "
+            f"{show(shape.validation[shape.turn])} at step {shape.at}, and with so few validation rows that may be luck "
+            f"(a rise of {show(interval[0])} to {show(interval[1])}, 95 %; {shape.gap})."
+        )
+        return Verdict("unclear", None, shape.confidence(False), text, "rows")
     text = (
         f"Unclear: validation loss is {show(shape.validation[-1])} after a lowest of "
         f"{show(shape.validation[shape.turn])} at step {shape.at}, too noisy to tell whether it has turned "
         f"({shape.gap})."
     )
     return Verdict("unclear", None, shape.confidence(False), text)
+
+
+def _nothing(shape: _Shape) -> Verdict:
+    text = (
+        f"Unclear: {shape.rows} fell from {show(shape.train[0])} to {show(shape.train[-1])}, and nothing of it carries "
+        f"over: validation loss is {show(shape.validation[-1])}, and was {show(shape.validation[0])} before training "
+        f"({shape.gap})."
+    )
+    return Verdict("unclear", None, shape.confidence(False), text, "nothing")
 
 
 def _healthy(shape: _Shape) -> Verdict:
@@ -311,7 +354,11 @@ def _healthy(shape: _Shape) -> Verdict:
         f"Healthy: validation loss is {show(last)}, {still}, while {shape.rows} fell from {show(shape.train[0])} to "
         f"{show(shape.train[-1])} ({shape.gap})."
     )
-    return Verdict("healthy", None, shape.confidence(shape.noise <= MATERIAL * abs(lowest)), text)
+    wide = shape.wide_gap
+    if wide:
+        text += " The gap is wide: much of what was learned since is of the training rows alone."
+    sure = shape.noise <= MATERIAL * abs(lowest)
+    return Verdict("healthy", None, shape.confidence(sure), text, "gap" if wide else None)
 
 
 def show(number: float) -> str:

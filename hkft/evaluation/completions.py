@@ -49,6 +49,11 @@ class Completions:
         return Losses(self.losses, self.tokens)
 
     @property
+    def groups(self) -> NDArray[np.integer]:
+        """[N], the number of each row's prompt: its completions are alike."""
+        return np.unique(self.prompts, return_inverse=True)[1]
+
+    @property
     def right(self) -> None:
         """A completion is not right or wrong."""
         return None

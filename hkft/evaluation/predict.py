@@ -41,6 +41,11 @@ class Predictions:
         return Losses(self.losses, np.ones(len(self.losses), dtype=np.int64))
 
     @property
+    def groups(self) -> None:
+        """Rows stand for themselves."""
+        return None
+
+    @property
     def right(self) -> NDArray[np.bool_] | None:
         """Which rows were decided rightly, [N]; None where nothing is decided."""
         return None if self.task != "classification" or self.labels is None else self.logits.argmax(1) == self.labels

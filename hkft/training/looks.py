@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hkft.diagnostics.decomposition import net_gain, regret, regularisation
+from hkft.diagnostics.decomposition import Added, net_gain, regret, regularisation
 from hkft.diagnostics.gap import LOWER_IS_BETTER, gap
 from hkft.diagnostics.uncertainty import Interval, Losses, change_interval, gap_interval
 from hkft.dropout.method import Consistency
@@ -53,6 +53,7 @@ class Clock:
     started: float = 0.0
     outside: float = 0.0
     before: float = 0.0  # of an earlier part of the run, where it was resumed
+    looked: float = 0.0  # outside, of that part
 
     def part(self) -> float:
         """Of this part of the run, which its counts are of."""
@@ -76,8 +77,8 @@ class Lowest(NamedTuple):
 class Looks(TrainerCallback):
     """look(split) -> Predictions, in eval mode; keep(seen) saves the adapter as the best so far.
 
-    remember(step, seen) keeps the losses of every row; aside() measures objective, task loss and weighed consistency of
-    some rows of the probe in train mode, and gives them with the number of rows; log(numbers) hands them to the loggers.
+    remember(step, seen) keeps the losses of every row; aside() measures what training adds to
+    the loss on some rows of the probe, and gives it with the number of rows; log(numbers) hands them to the loggers.
     """
 
     look: Callable[[str], Seen]
@@ -88,11 +89,12 @@ class Looks(TrainerCallback):
     patience: int | None
     counters: Callable[[], tuple[int, int]]  # samples and tokens trained on so far
     remember: Callable[[int, dict[str, Seen]], None] = lambda step, seen: None
-    aside: Callable[[], tuple[float, float, float, int] | None] = lambda: None
+    aside: Callable[[], tuple[Added, int] | None] = lambda: None
     log: Callable[[dict[str, float]], None] = lambda numbers: None
     curve: list[Evaluated] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
     lowest: Lowest | None = None
+    forgotten: bool = False  # the run was resumed, and rows' losses of its first part are not there
     interrupted: int | None = None  # the signal
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -152,7 +154,7 @@ class Looks(TrainerCallback):
         if best:
             self.keep(seen)
         self.remember(step, seen)
-        probe, validation = (seen[split].by_row for split in SPLITS)
+        probe, validation = (seen[split].by_row.grouped(seen[split].groups) for split in SPLITS)
         self.lowest = lowest(self.lowest, Lowest(validation, seen["validation"].right))
         earlier = [look.validation for look in self.curve]
         evaluated = Evaluated(
@@ -165,9 +167,9 @@ class Looks(TrainerCallback):
             gap_interval=gap_interval(probe, validation),
             net_gain=net_gain((earlier or [metrics["validation"]])[0], metrics["validation"]),
             regret=regret(earlier, metrics["validation"]),
-            regret_interval=change_interval(self.lowest.losses, validation),
-            regularisation=self._regularisation(probe),
-            accuracy_interval=_change(self.lowest.right, seen["validation"].right),
+            regret_interval=None if self.forgotten else change_interval(self.lowest.losses, validation),
+            regularisation=self._regularisation(seen["train_probe"].by_row),
+            accuracy_interval=None if self.forgotten else _change(self.lowest.right, seen["validation"].right),
         )
         self.curve.append(evaluated)
         self.log(numbers(evaluated))
@@ -178,13 +180,16 @@ class Looks(TrainerCallback):
         found = self.aside()
         if found is None:
             return None
-        objective, task, consistency, rows = found
-        return regularisation(objective, task, consistency, Losses(probe.sums[:rows], probe.items[:rows]).mean)
+        added, rows = found
+        return regularisation(added, Losses(probe.sums[:rows], probe.items[:rows]).mean)
 
     def _improves(self, validation: dict[str, float]) -> bool:
         if self.best is None:
             return True
         then = self.best.validation
+        new, old = (side[self.criterion] for side in (validation, then))
+        if old is None or not math.isfinite(old) or not math.isfinite(new):  # JSON has null for NaN, which is no best
+            return math.isfinite(new)
         if validation[self.criterion] == then[self.criterion]:  # a metric of few rows stands still while the loss falls
             return validation["loss"] < then["loss"]
         lower = self.criterion in LOWER_IS_BETTER

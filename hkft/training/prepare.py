@@ -100,7 +100,7 @@ def _near_duplicates(recipe: Recipe, rows: splits.Splits, tell: Listener) -> dic
         }
         for near in found[:PAIRS]
     ]
-    return {"compared": compared, "pairs": pairs}
+    return {"compared": compared, "found": len(found), "pairs": pairs}
 
 
 def _texts(split: datasets.Dataset) -> list[str]:

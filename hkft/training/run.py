@@ -15,6 +15,7 @@ from transformers import PrinterCallback, set_seed
 
 from hkft.data import tokenise
 from hkft.data.tokenise import texts_of
+from hkft.diagnostics.decomposition import Added
 from hkft.diagnostics.history import losses_of
 from hkft.dropout.method import Method
 from hkft.dropout.selfcheck import self_check
@@ -182,6 +183,7 @@ def _fit(begun: Begun) -> None:
         environment.forget_peak(trainer.args.device)
         with memory.while_training(recipe), looks.StopOnSignal(watcher):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        facts["adapter"] = [asdict(update) for update in updates(_adapted(trainer))]
         status = "interrupted" if watcher.interrupted is not None else "finished"
     except HkftError as error:
         facts = {**facts, "error": str(error)}
@@ -190,7 +192,6 @@ def _fit(begun: Begun) -> None:
         status = "interrupted"
         raise
     finally:
-        facts["adapter"] = [asdict(update) for update in updates(_adapted(trainer))]
         told = summarise(recipe, folder, watcher, trainer, status, facts)
         write_json(folder.summary, told)
         if status != "failed":
@@ -306,14 +307,16 @@ def _watcher(
         )
 
     def remember(step: int, seen: Mapping[str, Predictions | Completions]) -> None:
-        folder.remember({"step": step, **{split: _of_rows(found) for split, found in seen.items()}})
+        rows = {split: _of_rows(found) for split, found in seen.items()}
+        groups = seen["validation"].groups
+        folder.remember({"step": step, **rows, "groups": None if groups is None else groups.tolist()})
 
-    def aside() -> tuple[float, float, float, int] | None:
+    def aside() -> tuple[Added, int] | None:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             return None
         count = min(ASIDE, len(material.examples["train_probe"]))
         rows = [material.examples["train_probe"][n] for n in range(count)]
-        return *trainer.aside(rows, recipe.seed), count
+        return trainer.aside(rows, recipe.seed), count
 
     def keep(seen: Mapping[str, Predictions | Completions]) -> None:
         model.save_pretrained(str(folder.adapter))
@@ -357,9 +360,14 @@ def _take_up(folder: RunFolder, watcher: looks.Looks, checkpoint: Path | None) -
         watcher.curve.append(Evaluated(**record))
     past = [record for record in read_jsonl(folder.history) if record["step"] <= step]
     write_jsonl(folder.history, past)
+    watcher.forgotten = {look.step for look in watcher.curve} != {record["step"] for record in past}
     for record in past:
         right = record["validation"]["right"]
-        then = looks.Lowest(losses_of(record["validation"]), None if right is None else np.array(right, dtype=bool))
+        groups = None if record["groups"] is None else np.array(record["groups"])
+        losses = losses_of(record["validation"]).grouped(groups)
+        then = looks.Lowest(losses, None if right is None else np.array(right, dtype=bool))
         watcher.lowest = looks.lowest(watcher.lowest, then)
     if folder.summary.exists():
-        watcher.clock.before = float(read_json(folder.summary).get("train_runtime_s") or 0.0)
+        summary = read_json(folder.summary) if checkpoint else {}
+        watcher.clock.before = float(summary.get("train_runtime_s") or 0.0)
+        watcher.clock.looked = float(summary.get("eval_runtime_s") or 0.0)

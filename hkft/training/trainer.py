@@ -13,6 +13,7 @@ from transformers import DataCollatorWithFlattening, set_seed
 from transformers import Trainer as TransformersTrainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from hkft.diagnostics.decomposition import Added
 from hkft.dropout.attach import attach
 from hkft.dropout.method import Consistency, Method
 from hkft.dropout.selfcheck import untouched
@@ -121,12 +122,24 @@ class Trainer(TransformersTrainer):
         plain = model.training and self.compute_loss_func is None
         return plain and labels is not None and labels.ndim == 2 and learns_tokens(model)
 
-    def aside(self, rows: list[dict[str, Any]], seed: int) -> tuple[float, float, float]:
-        """(objective, task loss, weight x consistency) of some training examples in train mode, and nothing is learned.
+    def aside(self, rows: list[dict[str, Any]], seed: int) -> Added:
+        """What training adds on some examples, measured in train mode, and nothing is learned.
 
         Means over their items, as training has them. The masks are those of `seed`, at every look the same, and the run's
         own random stream, its counts and its gradients are left as they were. Not for a model spread over devices.
         """
+        objective, task, consistency = self._aside(rows, seed)
+        smoothing, smoother = self.args.label_smoothing_factor, self.label_smoother
+        if not smoothing:
+            return Added(objective, task, consistency, task)
+        self.args.label_smoothing_factor, self.label_smoother = 0.0, None
+        try:
+            return Added(objective, task, consistency, self._aside(rows, seed)[1])
+        finally:
+            self.args.label_smoothing_factor, self.label_smoother = smoothing, smoother
+
+    def _aside(self, rows: list[dict[str, Any]], seed: int) -> tuple[float, float, float]:
+        """(objective, task loss, weight x consistency)."""
         assert self.model is not None
         size, sums = self.args.per_device_train_batch_size, torch.zeros(4, dtype=torch.float64)
         aside = untouched(self.model, self.attachment)

@@ -81,7 +81,7 @@ def _facts(found: Record) -> list[list[str]]:
             [
                 "calibration error",
                 f"{number(validation['calibration_error'])}, probe {number(probe['calibration_error'])}",
-                f"at the best step; a temperature of {number(validation['temperature'])} would make it "
+                f"of validation, at the best step; with a temperature of {number(validation['temperature'])} "
                 f"{number(validation['calibration_error_after'])}",
             ]
         )
@@ -91,13 +91,13 @@ def _facts(found: Record) -> list[list[str]]:
             [
                 "told apart",
                 f"{number(auc['value'])} ({number(auc['low'])} to {number(auc['high'])})",
-                "AUC of telling training rows from validation rows by their loss; 0.5: nothing is memorised",
+                f"AUC of telling training rows from validation rows by their loss, {_before(found['memorisation'])}",
             ]
         )
         facts.append(["rows", *_rows(found["memorisation"])])
     if near := found.get("near_duplicates"):
         what = "validation rows that nearly stand in train, of those compared"
-        facts.append(["near-duplicates", f"{len(near['pairs']):,} of {near['compared']:,}", what])
+        facts.append(["near-duplicates", f"{near['found']:,} of {near['compared']:,}", what])
     if found.get("adapter"):
         facts += _adapter(found["adapter"])
     return facts
@@ -120,10 +120,15 @@ def _parts(found: Record) -> list[list[str]]:
     return rows
 
 
+def _before(memorisation: Record) -> str:
+    before = memorisation["auc_before"]
+    return f"{number(before['value'])} before training" if before else "0.5: not at all"
+
+
 def _rows(memorisation: Record) -> tuple[str, str]:
     lists = (("memorised", "learned by heart"), ("forgotten", "forgotten"), ("suspicious", "perhaps mislabelled"))
-    counts = [f"{len(memorisation[name])} {said}" for name, said in lists]
-    return ", ".join(counts), "at most 10 of each are listed; report.html shows them"
+    counts = [f"{memorisation['counts'][name]} {said}" for name, said in lists]
+    return ", ".join(counts), "of probe, of validation, of probe; report.html shows the first ten of each"
 
 
 def _adapter(updates: Sequence[Record]) -> list[list[str]]:

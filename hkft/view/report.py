@@ -204,7 +204,7 @@ _CALIBRATION = {
     "nll": "negative log-likelihood",
     "brier": "Brier score",
     "calibration_error": "calibration error",
-    "temperature": "temperature that would fix it",
+    "temperature": "best temperature",
     "calibration_error_after": "calibration error at that temperature",
 }
 
@@ -234,19 +234,30 @@ def _temperature(side: Mapping[str, Any]) -> str:
     value, before, after = _numbers(side, "temperature", "calibration_error", "calibration_error_after")
     if not _known(value):
         return ""
+    if not 0.05 < value < 20:  # the bounds of the search
+        return (
+            "On validation rows no temperature makes the probabilities better: they know no more than a coin, or all."
+        )
     how = "too sure of itself" if value > 1.05 else "not sure enough" if value < 0.95 else "about as sure as it may be"
-    change = f"On validation rows the model is {how}. Dividing its logits by a temperature of {value:.2f}"
+    change = (
+        f"At the best step, on validation rows, the model is {how}. Dividing its logits by a temperature of {value:.2f}"
+    )
     if not _known(before, after):
         return f"{change} would fit them best."
+    if after >= before:
+        return f"At the best step: calibration error {words.number(before)}, which no temperature makes smaller."
     return f"{change} would take the calibration error from {words.number(before)} to {words.number(after)}."
 
 
 _KINDS = {
-    "memorised": ("Memorised", "hard at first, and fitted since: what the model knows of these may be these rows only"),
-    "forgotten": ("Forgotten", "once fitted, and lost again"),
+    "memorised": (
+        "Learned by heart",
+        "training rows whose loss fell by half or more after the best step, when validation gained no more",
+    ),
+    "forgotten": ("Forgotten", "validation rows that were fitted and right at an earlier look, and wrong at the last"),
     "suspicious": ("Suspicious", "the model stays against the label: look at them, for the label may be wrong"),
 }
-_EXAMPLE = ("row", "id"), ("text", "prose"), ("label", "text"), ("predicted", "text")
+_EXAMPLE = ("row", "id"), ("text", "prose"), ("label", "text")
 _LOSSES = ("first", "lowest", "last")
 
 
@@ -264,17 +275,17 @@ def _auc(found: Mapping[str, Any]) -> str:
     told, chance = f"AUC {words.number(value)}", ""
     if _known(low, high):
         told += f", 95% interval {_between(low, high)}"
-        chance = " The interval lies above 0.5, so this is more than chance." if low > 0.5 else " This may be chance."
+        chance = " The interval lies above 0.5: more than chance." if low > 0.5 else " A coin may do as well."
     return (
-        f"Of a training row and a validation row, the loss tells which one was trained on {value:.0%} of the time "
-        f"({told}). 50% would be a coin: nothing is memorised. At 100% the two could always be told apart.{chance}"
+        f"Shown a training row and a validation row, one can tell by their losses which is which {value:.0%} of the time "
+        f"({told}). 50% is a coin: nothing is memorised.{chance}"
     )
 
 
 def _examples(rows: Records) -> Table:
     cells = [
         [
-            *(_shown(row.get(key)) for key in ("id", "text", "label", "prediction")),
+            *(_shown(row.get(key)) for key in ("id", "text", "label")),
             *(words.number(row.get(key)) for key in _LOSSES),
             _shown(row.get("since")),
         ]

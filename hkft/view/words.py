@@ -92,7 +92,7 @@ def figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     for label, moment in (("best", "best"), ("final", "final")):
         if summary.get(moment):
-            at = summary.get("best_step" if moment == "best" else "steps")
+            at = summary["best_step"] if moment == "best" else summary.get("final_step", summary["steps"])
             pairs.append((f"{label}, step {at}", _sides(summary[moment], ("loss", metric_of(summary)))))
     if (
         summary.get("best") and summary["task"] == "generation"

@@ -69,6 +69,30 @@ def test_its_metrics_alone_name_the_run(hkft, run):
     assert hkft("diagnose", run / "metrics.jsonl", "--json").document == hkft("diagnose", run, "--json").document
 
 
+def test_its_checkpoints_are_told_as_the_run_is(hkft, run):
+    whole = hkft("diagnose", run, "--json").document["verdict"]
+    newest = max((run / "checkpoints").iterdir())
+    for place in (newest, newest / "trainer_state.json"):
+        assert hkft("diagnose", place, "--json").document["verdict"] == whole
+    alone = Path("elsewhere.json")
+    alone.write_text((newest / "trainer_state.json").read_text())
+    told = hkft("diagnose", alone, "--json").document["curve"]
+    assert [point["validation_loss"] for point in told][-1] == read_json(run / "summary.json")["final"]["validation"][
+        "loss"
+    ]
+
+
+def test_a_run_that_has_lost_some_of_its_files_is_told_all_the_same(hkft, run):
+    for name in ("resolved.yaml", "environment.json", "splits.json", "predictions/history.jsonl"):
+        (run / name).unlink()
+        assert hkft("diagnose", run).code == 0
+
+
+def test_a_table_as_a_notebook_shows_it(hkft):
+    Path("nb.csv").write_text("Epoch,Training Loss,Validation Loss\n1,0.9,0.8\n2,0.5,0.7\n3,0.3,0.75\n4,0.1,0.9\n")
+    assert len(hkft("diagnose", "nb.csv", "--json").document["curve"]) == 4
+
+
 def test_a_state_of_transformers_is_told_with_less_confidence_and_why(hkft):
     ran = hkft("diagnose", state())
     assert ran.code == 0

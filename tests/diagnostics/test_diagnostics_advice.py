@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 
 import pytest
 
@@ -83,6 +84,27 @@ def test_what_is_changed(recipe_file, name, settings, expected):
             for key, value in changed(recipe, command).items()
         }.items()
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "cause", "settings", "expected"),
+    [
+        ("underfitting", "rate", [], {"train.learning_rate": "0.001"}),
+        ("unclear", "rows", [], {"data.validation": "0.5"}),
+        ("unclear", "nothing", ["dropout.method=none"], {"dropout.method": "hiddenkey"}),
+        ("healthy", "gap", [], {"dropout.rate": "0.2"}),
+    ],
+)
+def test_what_stands_behind_it_is_acted_on(recipe_file, name, cause, settings, expected):
+    recipe = load(recipe_file, settings)
+    commands = [step["command"] for step in next_steps(replace(told(name), cause=cause), recipe, "my run")]
+    found = [changed(recipe, command) for command in commands if command and command.startswith("hkft train")]
+    assert any(expected.items() <= each.items() for each in found), found
+
+
+def test_what_was_best_before_training_is_not_merged(recipe_file):
+    steps = next_steps(Verdict("overfitting", 0, "high", "So it is."), load(recipe_file), "r")
+    assert not any("merge" in (step["command"] or "") for step in steps)
 
 
 def test_test_rows_are_asked_where_there_are_any(recipe_file, reviews):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hkft.diagnostics.decomposition import net_gain, regret, regularisation
+from hkft.diagnostics.decomposition import Added, net_gain, regret, regularisation
 from hkft.diagnostics.uncertainty import Losses, change_interval, gap_interval
 
 
@@ -69,11 +69,47 @@ def test_the_parts_of_a_look():
     assert net_gain(before, now) == pytest.approx({"loss": 0.2, "accuracy": 0.25, "ter": 30.0})
     assert regret([before, best], now) == pytest.approx({"loss": 0.1, "accuracy": 0.05, "ter": 0.0})
     assert regret([], now) == {"loss": 0.0, "accuracy": 0.0, "ter": 0.0}
-    parts = regularisation(objective=0.9, task=0.6, consistency=0.3, probe=0.5)
-    assert parts == pytest.approx({"total": 0.4, "dropout": 0.1, "consistency": 0.3})
-    assert parts["total"] == pytest.approx(parts["dropout"] + parts["consistency"])
+    parts = regularisation(Added(objective=0.95, task=0.65, consistency=0.3, unsmoothed=0.6), probe=0.5)
+    assert parts == pytest.approx({"total": 0.45, "dropout": 0.1, "smoothing": 0.05, "consistency": 0.3})
+    assert parts["total"] == pytest.approx(parts["dropout"] + parts["smoothing"] + parts["consistency"])
 
 
 def test_a_metric_that_was_never_defined_has_no_regret():
     assert np.isnan(regret([{"pearson": float("nan")}], {"pearson": float("nan")})["pearson"])
     assert regret([{"pearson": float("nan")}], {"pearson": 0.5}) == {"pearson": 0.0}
+    assert regret([{"pearson": None}], {"pearson": 0.5}) == {"pearson": 0.0}  # type: ignore[list-item]  # as JSON has it
+
+
+def test_completions_of_one_prompt_are_drawn_together():
+    """Half of what varies is the prompt's: by row the interval would be far too narrow."""
+    draw = np.random.default_rng(2)
+    covered = {"prompts": 0, "rows": 0}
+    for seed in range(150):
+        sides = []
+        for _ in range(2):
+            prompts = np.repeat(draw.normal(size=60), 8)
+            sides.append((losses(5 + prompts + draw.normal(size=480)), np.repeat(np.arange(60), 8)))
+        for name, (probe, validation) in (
+            ("prompts", [rows.grouped(groups) for rows, groups in sides]),
+            ("rows", [rows for rows, _ in sides]),
+        ):
+            low, high = gap_interval(probe, validation, seed) or (0, 0)
+            covered[name] += low <= 0 <= high
+    assert covered["prompts"] / 150 > 0.9
+    assert covered["rows"] / 150 < 0.75
+
+
+@pytest.mark.parametrize("rows", [3, 5, 10])
+def test_few_rows_have_a_wide_interval(rows):
+    draw = np.random.default_rng(rows)
+    hits = 0
+    for seed in range(300):
+        change = change_interval(losses(np.zeros(rows)), losses(draw.normal(size=rows)), seed)
+        assert change is not None
+        hits += change[0] > 0
+    assert hits / 300 < 0.06  # 2.5 in 100, as it should be; by percentiles alone 14 in 100 for three rows
+
+
+def test_one_row_says_nothing():
+    assert gap_interval(losses([1.0]), losses([2.0])) is None
+    assert change_interval(losses([1.0]), losses([2.0])) is None

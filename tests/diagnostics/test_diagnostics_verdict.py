@@ -39,6 +39,7 @@ def test_hiddenkey_on_the_same_rows_is_healthy():
         "confidence": "high",
         "text": "Healthy: validation loss is 0.476, within noise of its lowest, 0.474 at step 315, while the loss on "
         "training rows fell from 0.550 to 0.241 (gap 0.235).",
+        "cause": None,
     }
 
 
@@ -178,7 +179,46 @@ def test_a_rise_that_other_rows_might_not_show_is_no_turn():
     assert verdict(measured(FALLING, late, rise=(0.05, 0.2))).name == "overfitting"
     luck = verdict(measured(FALLING, late, rise=(-0.02, 0.3)))
     assert luck.name == "unclear"
-    assert "too noisy to tell whether it has turned" in luck.text
+    assert luck.cause == "rows"
+    assert "with so few validation rows that may be luck" in luck.text
+
+
+def test_one_lucky_evaluation_at_the_end_does_not_hide_a_turn():
+    validation = [1, 0.8, 0.7, 0.6, 0.7, 0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.0]
+    points = curve(np.linspace(1, 0.1, 13), validation)
+    sure = [replace(point, rise_interval=(0.05, 0.5)) for point in points[:-1]]
+    assert verdict([*sure, replace(points[-1], rise_interval=(-0.02, 0.14))]).name == "overfitting"
+    lucky = [replace(point, rise_interval=(-0.05, 0.5)) for point in points]
+    assert verdict(lucky).name == "unclear"
+
+
+def test_overwhelming_needs_the_rows_too():
+    points = curve([1.0, 0.5, 0.3], [1.0, 0.8, 1.3])
+    assert verdict(points).name == "overfitting"
+    assert verdict([*points[:-1], replace(points[-1], rise_interval=(-2.0, 3.0))]).name == "unclear"
+
+
+def test_training_that_went_up_is_told_to_have_too_high_a_rate():
+    found = verdict(curve([0.69, 0.76, 1.03, 0.70, 0.72, 0.69], [0.69, 0.75, 1.0, 0.69, 0.71, 0.69]))
+    assert (found.name, found.cause) == ("underfitting", "rate")
+    assert "the learning rate is probably too high" in found.text
+
+
+def test_what_does_not_carry_over_is_not_healthy():
+    train, validation = [0.69, 0.5, 0.3, 0.2, 0.15, 0.12], [0.69, 0.69, 0.692, 0.688, 0.69, 0.69]
+    before = [replace(point, step=63 * n) for n, point in enumerate(curve(train, validation))]
+    found = verdict(before)
+    assert (found.name, found.cause) == ("unclear", "nothing")
+    assert "nothing of it carries over" in found.text
+    assert verdict(curve(train, validation)).name == "healthy"  # what it was before training is not known
+
+
+def test_a_wide_gap_is_said_of_a_healthy_run():
+    train, validation = [0.69, 0.5, 0.4, 0.3, 0.2, 0.125], [0.69, 0.55, 0.5, 0.48, 0.476, 0.476]
+    found = verdict(measured(train, validation, gap=(0.24, 0.47)))
+    assert (found.name, found.cause) == ("healthy", "gap")
+    assert "The gap is wide" in found.text
+    assert verdict(measured(train, validation, gap=(-0.1, 0.8))).cause is None
 
 
 def test_the_gap_is_told_with_its_interval():

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from hkft import api
+from hkft.diagnostics.decomposition import Added
 from hkft.diagnostics.history import history_of, losses_of
 from hkft.events import Event, TrainStep
 from hkft.folder import RunFolder, read_json, read_jsonl
@@ -47,7 +48,19 @@ def test_the_parts_add_up_and_are_what_their_names_say(whole):
 def test_without_dropout_nothing_is_added(recipe_file, tmp_path):
     done = api.train(recipe_file, ["dropout.method=none"], output=tmp_path / "run")
     for look in done.records("eval"):
-        assert look["regularisation"] == pytest.approx({"total": 0, "dropout": 0, "consistency": 0}, abs=1e-6)
+        assert look["regularisation"] == pytest.approx(
+            {"total": 0, "dropout": 0, "smoothing": 0, "consistency": 0}, abs=1e-6
+        )
+
+
+def test_softened_labels_are_told_apart_from_dropout(recipe_file, generation_file, tmp_path):
+    for recipe in (recipe_file, generation_file):
+        settings = ["dropout.method=none", "train.label_smoothing_factor=0.2"]
+        done = api.train(recipe, settings, output=tmp_path / recipe.stem)
+        last = done.records("eval")[-1]["regularisation"]
+        assert last["dropout"] == pytest.approx(0, abs=1e-5)
+        assert abs(last["smoothing"]) > 1e-4
+        assert last["total"] == pytest.approx(last["smoothing"], abs=2e-5)
 
 
 def test_the_weight_of_the_consistency_is_in_it(recipe_file, tmp_path):
@@ -64,7 +77,7 @@ def test_the_weight_of_the_consistency_is_in_it(recipe_file, tmp_path):
 
 
 def test_looking_changes_nothing_of_the_training(recipe_file, tmp_path, whole, monkeypatch):
-    monkeypatch.setattr(Trainer, "aside", lambda *_: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(Trainer, "aside", lambda *_: Added(0.0, 0.0, 0.0, 0.0))
     other = api.train(recipe_file, output=tmp_path / "other")
     told = [[record["objective"] for record in each.records("train")] for each in (whole, other)]
     assert told[0] == told[1]

@@ -50,7 +50,7 @@ def test_the_folder_is_what_the_contract_lists(finished, recipe_file):
     assert {"loss", "accuracy", "f1", "matthews_correlation", "brier", "calibration_error"} == set(
         summary["best"]["validation"]
     )
-    assert {"name", "since_step", "confidence", "text", "next"} == set(summary["verdict"])
+    assert {"name", "since_step", "confidence", "text", "next", "cause"} == set(summary["verdict"])
     for key in ("train_runtime_s", "train_samples_per_s", "train_tokens_per_s", "peak_memory_bytes"):
         assert summary[key] > 0
     assert summary["trainable_parameters"] == 2 * 2 * 2 * 4 * 32 + 2 * 32 + 2  # layers, modules, A and B; the head
@@ -147,7 +147,7 @@ def test_a_regression_on_pairs(recipe_file, tmp_path):
 def test_the_criterion_may_be_a_metric(recipe_file, tmp_path):
     done = run.train(load(recipe_file, ["diagnostics.metric=accuracy"]), tmp_path / "run")
     curve = done.records("eval")[1:]
-    best = max(curve, key=lambda seen: seen["validation"]["accuracy"])  # the first of equals
+    best = max(curve, key=lambda seen: (seen["validation"]["accuracy"], -seen["validation"]["loss"]))
     assert read_json(done.summary)["best_step"] == best["step"]
 
 

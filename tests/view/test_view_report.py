@@ -292,9 +292,9 @@ def test_calibration_has_two_diagrams_and_the_temperature_in_a_sentence(write, d
 def test_memorisation_tells_what_its_auc_means_and_shows_the_rows(write, diagnosis):
     page = Page(write(diagnosis=diagnosis))
     text = " ".join(page.text.split())
-    assert "which one was trained on 61% of the time (AUC 0.612, 95% interval 0.581 to 0.643)" in text
+    assert "which is which 61% of the time (AUC 0.612, 95% interval 0.581 to 0.643)" in text
     assert "more than chance" in text
-    assert "row-1" + TEXT + "positivenegative2.3100.0120.013189" in page.text
+    assert "row-1" + TEXT + "positive2.3100.0120.013189" in page.text
     assert "row-2positivenegative2.3100.0120.013189" in page.text  # no column for texts that are not known
     assert "Suspicious" not in text
     chance = {"memorisation": {"auc": {"value": 0.51, "low": 0.48, "high": 0.54}}}
