@@ -295,7 +295,7 @@ def test_memorisation_tells_what_its_auc_means_and_shows_the_rows(write, diagnos
     assert "which is which 61% of the time (AUC 0.612, 95% interval 0.581 to 0.643)" in text
     assert "more than chance" in text
     assert "row-1" + TEXT + "positive2.3100.0120.013189" in page.text
-    assert "row-2positivenegative2.3100.0120.013189" in page.text  # no column for texts that are not known
+    assert "row-2positive2.3100.0120.013189" in page.text  # no column for texts that are not known
     assert "Suspicious" not in text
     chance = {"memorisation": {"auc": {"value": 0.51, "low": 0.48, "high": 0.54}}}
     assert "This may be chance." in told(write(diagnosis=chance))
