@@ -298,7 +298,7 @@ def test_memorisation_tells_what_its_auc_means_and_shows_the_rows(write, diagnos
     assert "row-2positive2.3100.0120.013189" in page.text  # no column for texts that are not known
     assert "Suspicious" not in text
     chance = {"memorisation": {"auc": {"value": 0.51, "low": 0.48, "high": 0.54}}}
-    assert "This may be chance." in told(write(diagnosis=chance))
+    assert "A coin may do as well." in told(write(diagnosis=chance))
 
 
 def test_near_duplicates_are_counted_and_the_nearest_shown(write, diagnosis):
