@@ -9,12 +9,11 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from hkft.view.chart import SMALLEST, Series, chart
 from hkft.view.console import is_plain, output, say
-from hkft.view.screen import PROBE, REPORT_CHART, VALIDATION, VERDICT_STYLES, WIDEST
+from hkft.view.screen import PROBE, REPORT_CHART, VALIDATION, VERDICT_STYLES, WIDEST, next_steps
 from hkft.view.tables import plain_table, rich_table
 from hkft.view.words import number
 
@@ -25,7 +24,8 @@ def show_diagnosis(found: Record, title: str, console: Console | None = None) ->
     """Print what `hkft.diagnostics.diagnosis.diagnose` gives: as lines, or on a terminal with the curve drawn."""
     console = console or output()
     verdict, facts = found["verdict"], _facts(found)
-    head = f"{title}: {found['source']}, {len(found['curve'])} evaluations"
+    count = len(found["curve"])
+    head = f"{title}: {found['source']}, {count} evaluation{'s' * (count != 1)}"
     if is_plain(console):
         say(console, f"{head}\nverdict: {verdict['name']} ({verdict['confidence']} confidence)\n{verdict['text']}")
         if facts:
@@ -43,13 +43,9 @@ def show_diagnosis(found: Record, title: str, console: Console | None = None) ->
     if facts:
         parts += [Text(), rich_table(["what", "", "in words"], facts)]
     parts += [Text(note, style="dim") for note in found["notes"]]
-    steps = Table.grid(padding=(0, 2))
-    for step in verdict["next"]:
-        steps.add_row(Text("next", style="dim"), Text(step["why"]))
-        if step["command"]:
-            steps.add_row("", Text(step["command"], style="bold", overflow="fold"))
-    parts += [Text(), steps]
-    console.print(Constrain(Group(*parts), width))
+    console.print(Constrain(Group(*parts, Text()), width))
+    for line in next_steps([(step["why"], step["command"]) for step in verdict["next"]]):
+        console.print(line, soft_wrap=True)
 
 
 def _next(steps: Sequence[Record]) -> list[str]:

@@ -78,7 +78,7 @@ class Screen:
 
 
 def report(screen: Screen, finished: Finished, width: int, ascii_only: bool) -> RenderableType:
-    """What stays on the terminal after the run: chart, table, verdict, figures, what fired, what to type next."""
+    """What stays on the terminal after the run: chart, table, verdict, figures, what fired."""
     width = min(width, WIDEST)
     parts: list[RenderableType] = []
     if screen.started:
@@ -95,12 +95,16 @@ def report(screen: Screen, finished: Finished, width: int, ascii_only: bool) -> 
     if finished.sites:
         parts += [rich_table(words.SITE_COLUMNS, words.site_rows(finished.sites), "What the dropout did"), Text()]
     parts.append(Text.assemble(("run folder  ", "dim"), finished.run, overflow="fold"))
-    steps = Table.grid(padding=(0, 2))
-    for why, command in words.next_steps(finished.run, finished.summary):
-        steps.add_row(Text("next      ", style="dim"), Text(why))
-        steps.add_row("", Text(command, style="bold", overflow="fold"))
-    parts.append(steps)
     return Constrain(Group(*parts), width)
+
+
+def next_steps(steps: Sequence[tuple[str, str | None]]) -> list[Text]:
+    """What to do next, each with its command on a line of its own: to be printed unwrapped, so that it can be copied whole."""
+    lines = []
+    for why, command in steps:
+        lines.append(Text.assemble(("next  ", "dim"), why))
+        lines += [Text(f"  {command}", style="bold")] if command else []
+    return lines
 
 
 def notice(event: Notice, ascii_only: bool) -> Text:

@@ -13,7 +13,7 @@ from hkft.events import Event, Finished, Listener, Notice, Sample, Stage
 from hkft.view import words
 from hkft.view.console import is_plain, output
 from hkft.view.plain import Brief, Plain
-from hkft.view.screen import Screen, done, notice, report, sample
+from hkft.view.screen import Screen, done, next_steps, notice, report, sample
 
 PER_SECOND = 4
 
@@ -72,3 +72,5 @@ class Drawing:
             console.print(done(Stage(words.outcome(event.summary)), ascii_only))
         elif isinstance(event, Finished):
             console.print(report(screen, event, console.width, ascii_only))
+            for line in next_steps(words.next_steps(event.run, event.summary)):
+                console.print(line, soft_wrap=True)

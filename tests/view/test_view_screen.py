@@ -137,7 +137,8 @@ def test_a_live_run_leaves_a_report_no_wider_than_the_terminal(run, terminal, wi
     sent = live(run, terminal(width))
     assert sent.rfind(SHOW_CURSOR) > sent.rfind(HIDE_CURSOR) >= 0
     lines = lines_of(sent)
-    assert max(map(cell_len, lines)) <= width
+    wide = [line for line in lines if cell_len(line) > width]
+    assert all(line.startswith(("  hkft ", "next  ")) for line in wide)  # so that a command can be copied whole
     words = " ".join(" ".join(line.strip("│ ") for line in lines).split())
     assert "Overfitting since step 126: validation loss rose from 0.468 to 0.724." in words
     assert "nextwhattheverdictrestsonhkftdiagnoseruns/quickstart-hiddenkey-s1-3f9a" in words.replace(" ", "")
