@@ -11,6 +11,7 @@ from rich.constrain import Constrain
 from rich.panel import Panel
 from rich.text import Text
 
+from hkft.view import words
 from hkft.view.chart import SMALLEST, Series, chart
 from hkft.view.console import is_plain, output, say
 from hkft.view.screen import PROBE, REPORT_CHART, VALIDATION, VERDICT_STYLES, WIDEST, next_steps
@@ -111,8 +112,7 @@ def _parts(found: Record) -> list[list[str]]:
         ["regret", number(last["regret"]) + since, "validation loss now less its best"],
     ]
     if added:
-        said = f"dropout {number(added['dropout'])}, consistency {number(added['consistency'])}"
-        rows.append(["regularisation", number(added["total"]), f"objective less probe loss: {said}"])
+        rows.append(["regularisation", number(added["total"]), f"objective less probe loss: {words.added(added)}"])
     return rows
 
 

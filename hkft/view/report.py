@@ -191,8 +191,8 @@ def _part(look: Mapping[str, Any], key: str) -> float:
 def _meaning(key: str, look: Mapping[str, Any]) -> str:
     """What a part is, with what of it is known beyond its number."""
     if key == "regularisation" and look.get(key):
-        shares = [f"{name} {words.number(look[key][name])}" for name in ("dropout", "consistency") if name in look[key]]
-        return f"{_PARTS[key]} ({', '.join(shares)})" if shares else _PARTS[key]
+        shares = words.added(look[key])
+        return f"{_PARTS[key]} ({shares})" if shares else _PARTS[key]
     interval = look.get("regret_interval") if key == "regret" else None
     if not interval or not _known(*interval):
         return _PARTS[key]

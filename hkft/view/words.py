@@ -82,6 +82,12 @@ def parts(look: Evaluated) -> list[str]:
     return told
 
 
+def added(regularisation: Mapping[str, float]) -> str:
+    """What regularisation consists of; smoothing where labels are softened."""
+    names = ["dropout", *(["smoothing"] if regularisation.get("smoothing") else []), "consistency"]
+    return ", ".join(f"{name} {number(regularisation[name])}" for name in names if name in regularisation)
+
+
 def metric_of(summary: Mapping[str, Any]) -> str:
     """The metric that a run is told by: the one that chose its best step, or its task's."""
     return summary.get("metric") or main_metric(summary["task"])
