@@ -81,14 +81,12 @@ class RunFolder:
     def append(self, event: Event) -> None:
         """One line of metrics.jsonl. A stage's progress is for the eyes only, and is not kept."""
         if not isinstance(event, Stage):
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(jsonable(as_record(event))) + "\n")
+            _append(self.metrics, as_record(event))
 
     def remember(self, record: Mapping[str, Any]) -> None:
         """One line of predictions/history.jsonl: a step, and of the rows of each set their losses at it."""
         self.history.parent.mkdir(exist_ok=True)
-        with self.history.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(jsonable(record)) + "\n")
+        _append(self.history, record)
 
     def records(self, *events: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, of the named events only if any are named."""
@@ -129,6 +127,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(jsonable(record)) + "\n" for record in records))
+
+
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(jsonable(record)) + "\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

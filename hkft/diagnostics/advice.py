@@ -24,6 +24,7 @@ from hkft.recipe import Recipe
 MOST = 3
 HIGHEST_RATE = 0.4
 Step = dict[str, str | None]  # why, command
+Advisor = Callable[[Verdict, Recipe | None, str | None], Step | None]  # of a verdict, a recipe and a run
 
 
 def next_steps(found: Verdict, recipe: Recipe | None = None, run: str | None = None) -> list[Step]:
@@ -182,7 +183,7 @@ def _step(why: str, command: str | None = None) -> Step:
     return {"why": why, "command": command}
 
 
-_STEPS: dict[str, list[Callable[[Verdict, Recipe | None, str | None], Step | None]]] = {
+_STEPS: dict[str, list[Advisor]] = {
     "healthy": [_merge, _test, _seeds],
     "overfitting": [_keep_best, _more_dropout, _stop_early],
     "loss-overfitting": [_choose_by_metric, _soften, _more_dropout],
@@ -190,7 +191,7 @@ _STEPS: dict[str, list[Callable[[Verdict, Recipe | None, str | None], Step | Non
     "underfitting": [_higher_rate, _more_epochs, _less_dropout],
     "unclear": [_more_evaluations, _seeds],
 }
-_CAUSES: dict[tuple[str, str | None], list[Callable[[Verdict, Recipe | None, str | None], Step | None]]] = {
+_CAUSES: dict[tuple[str, str | None], list[Advisor]] = {
     ("healthy", "gap"): [_merge, _more_dropout, _seeds],
     ("underfitting", "rate"): [_lower_rate, _seeds],
     ("unclear", "rows"): [_more_rows, _seeds],

@@ -44,9 +44,8 @@ def updates(model: nn.Module) -> list[Update]:
     effective_rank = exp(-sum p_i ln p_i), p_i = sigma_i / sum sigma, of the singular values sigma of B*A (eq. 2 and 3 of
     Roy and Vetterli); update_norm = s * sqrt(sum sigma_i^2). DoRA's magnitudes and biases are not in it. Of an adapter
     that was merged into its weight, W has the update in it. Modules that are trained whole (`modules_to_save`) have no
-    update, and those whose A or B lie elsewhere (meta, sharded) or have
-    diverged are left out. Changes nothing in the model and draws no
-    random numbers.
+    update, and those whose A or B lie elsewhere (meta, sharded) or have diverged are left out. Changes nothing in the model
+    and draws no random numbers.
     """
     found = []
     with torch.no_grad():

@@ -77,8 +77,8 @@ class Lowest(NamedTuple):
 class Looks(TrainerCallback):
     """look(split) -> Predictions, in eval mode; keep(seen) saves the adapter as the best so far.
 
-    remember(step, seen) keeps the losses of every row; aside() measures what training adds to
-    the loss on some rows of the probe, and gives it with the number of rows; log(numbers) hands them to the loggers.
+    remember(step, seen) keeps the losses of every row; aside() measures what training adds to the loss on some rows of the
+    probe, and gives it with the number of rows; log(numbers) hands them to the loggers.
     """
 
     look: Callable[[str], Seen]
@@ -190,10 +190,9 @@ class Looks(TrainerCallback):
         new, old = (side[self.criterion] for side in (validation, then))
         if old is None or not math.isfinite(old) or not math.isfinite(new):  # JSON has null for NaN, which is no best
             return math.isfinite(new)
-        if validation[self.criterion] == then[self.criterion]:  # a metric of few rows stands still while the loss falls
+        if new == old:  # a metric of few rows stands still while the loss falls
             return validation["loss"] < then["loss"]
-        lower = self.criterion in LOWER_IS_BETTER
-        return (validation[self.criterion] < then[self.criterion]) is lower
+        return (new < old) is (self.criterion in LOWER_IS_BETTER)
 
     def _out_of_patience(self) -> bool:
         if self.patience is None or self.best is None:

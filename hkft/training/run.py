@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -318,12 +319,15 @@ def _watcher(
         rows = [material.examples["train_probe"][n] for n in range(count)]
         return trainer.aside(rows, recipe.seed), count
 
+    @cache
+    def texts(split: str) -> list[str] | None:
+        return texts_of(material.examples[split], material.tokenizer)
+
     def keep(seen: Mapping[str, Predictions | Completions]) -> None:
         model.save_pretrained(str(folder.adapter))
         material.tokenizer.save_pretrained(str(folder.adapter))
         for split, predictions in seen.items():
-            texts = texts_of(material.examples[split], material.tokenizer)
-            write_jsonl(folder.predictions(split), predictions.records(material.labels, texts))
+            write_jsonl(folder.predictions(split), predictions.records(material.labels, texts(split)))
 
     total, per_epoch = step_counts(len(material.examples["train"]), settings)
     return looks.Looks(

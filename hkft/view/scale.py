@@ -43,6 +43,12 @@ def runs(points: Points) -> list[list[tuple[float, float]]]:
 
 
 def bounds(curves: Iterable[Points]) -> tuple[float, float] | None:
-    """Lowest and highest finite value of all curves; None where there is none."""
+    """Lowest and highest finite value of all curves; None where there is none.
+
+    The same twice where they differ by rounding only: there are no ticks between.
+    """
     values = [y for points in curves for _, y in points if math.isfinite(y)]
-    return (min(values), max(values)) if values else None
+    if not values:
+        return None
+    low, high = min(values), max(values)
+    return (round(low, 9), round(low, 9)) if math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-9) else (low, high)

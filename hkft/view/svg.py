@@ -57,7 +57,7 @@ def line_chart(
     best: a point to mark. bands: drawn below the lines. Values that are not finite are left out: lines and bands break
     there.
     """
-    span = _span([*(line.points for line in lines), *(band.side(which) for band in bands for which in (1, 2))])
+    span = bounds([*(line.points for line in lines), *(band.side(which) for band in bands for which in (1, 2))])
     head = _head(WIDTH, height, title, description)
     if span is None:
         empty = Markup('<text x="{}" y="{}" class="label" text-anchor="middle">nothing was measured</text></svg>')
@@ -117,14 +117,6 @@ def meter(share: float) -> Markup:
     return Markup('<svg viewBox="0 0 100 6" class="meter" aria-hidden="true">' + bar + bar + "</svg>").format(
         100, "all", width, "part"
     )
-
-
-def _span(curves: Sequence[Points]) -> tuple[float, float] | None:
-    """Lowest and highest value; the same twice where they differ by rounding only, which has no ticks between."""
-    span = bounds(curves)
-    if span and math.isclose(*span, rel_tol=1e-9, abs_tol=1e-9):
-        return round(span[0], 9), round(span[0], 9)
-    return span
 
 
 def _head(width: int, height: int, title: str, description: str, style: str = "wide") -> Markup:

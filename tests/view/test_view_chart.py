@@ -94,3 +94,9 @@ def test_a_chart_has_the_size_asked_for(width, height, ascii_only):
 def test_the_later_series_gives_its_colour_to_a_shared_cell():
     lines = chart([Series("a", [(0, 1), (9, 1)], "red"), Series("b", [(0, 1), (9, 1)], "blue")], 30, 7)
     assert {str(span.style) for span in lines[0].spans} == {"not dim blue"}
+
+
+@pytest.mark.parametrize("value", [0.5, 0.0, 1e-13])
+def test_a_line_that_is_level_but_for_rounding_is_drawn(value):
+    lines = chart([Series("a", [(0, value), (1, value * (1 + 1e-15)), (2, value + 1e-13)])], 40, 10)
+    assert len(lines) == 10
