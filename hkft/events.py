@@ -97,6 +97,7 @@ class Evaluated:
     regret_interval: tuple[float, float] | None = None
     regularisation: Mapping[str, float] | None = None
     accuracy_interval: tuple[float, float] | None = None  # of its change since validation loss was lowest
+    rise_p: float | None = None  # of the validation loss up to here, see `hkft.diagnostics.uncertainty`
 
 
 @dataclass(frozen=True, slots=True)

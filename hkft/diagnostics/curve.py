@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hkft.errors import DataError
 
@@ -16,8 +20,9 @@ class Point:
     train_loss: with `eval_mode`, of a fixed probe of the training rows, measured as the validation loss is; without it,
         what a training loop logged about the batches it was learning from.
     metrics: the task's metrics on the validation rows, by name.
-    gap_interval, rise_interval: of 95 %, over the rows (see `uncertainty`): of validation less train loss, and of the
-        validation loss less its lowest so far; None where the losses of single rows are not known.
+    gap_interval: of validation less train loss, of 95 %, over the rows (see `uncertainty`); None where the losses of single
+        rows are not known, as of the next.
+    rise_p: of the rise of the validation loss up to here, over the rows (`uncertainty.rise_p`).
     accuracy_interval: of validation's accuracy less what it was where the loss was lowest; None where there is none.
     """
 
@@ -27,7 +32,7 @@ class Point:
     metrics: Mapping[str, float] = field(default_factory=dict)
     eval_mode: bool = True
     gap_interval: tuple[float, float] | None = None
-    rise_interval: tuple[float, float] | None = None
+    rise_p: float | None = None
     accuracy_interval: tuple[float, float] | None = None
 
 
@@ -42,15 +47,30 @@ def from_records(records: Iterable[Mapping[str, Any]]) -> list[Point]:
     return [by_step[step] for step in sorted(by_step)]
 
 
+def level_of_lowest(values: NDArray[np.floating]) -> float:
+    """The level of a curve's lowest point: the median of it and its two neighbours, as one evaluation may be lucky."""
+    index = int(values.argmin())
+    return float(np.median(values[max(index - 1, 0) : index + 2]))
+
+
+def level_of_end(values: NDArray[np.floating], start: int) -> float:
+    """Median of the last third of what follows `start`; the value there if nothing follows."""
+    after = values[start + 1 :] if start + 1 < len(values) else values[start:]
+    return float(np.median(after[-math.ceil(len(after) / 3) :]))
+
+
+def rise(values: NDArray[np.floating]) -> float:
+    """The level of a curve's end less that of its lowest point."""
+    return level_of_end(values, int(values.argmin())) - level_of_lowest(values)
+
+
 def _point(record: Mapping[str, Any]) -> Point:
     try:
         probe, validation = record["train_probe"], record["validation"]
         losses = _number(probe["loss"]), _number(validation["loss"])
         metrics = {name: _number(value) for name, value in validation.items() if name != "loss"}
-        gap, rise, accuracy = (
-            _interval(record.get(name)) for name in ("gap_interval", "regret_interval", "accuracy_interval")
-        )
-        return Point(int(record["step"]), *losses, metrics, True, gap, rise, accuracy)
+        gap, accuracy = (_interval(record.get(name)) for name in ("gap_interval", "accuracy_interval"))
+        return Point(int(record["step"]), *losses, metrics, True, gap, record.get("rise_p"), accuracy)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             "an evaluation in this file cannot be read",

@@ -1,16 +1,19 @@
-"""How far a number of a look may be off because a set has only so many rows: bootstrap over rows.
+"""How far a number of a look may be off because a set has only so many rows: bootstrap over rows (Efron 1979).
 
-Percentile intervals (Efron 1979) of 95 %. What another seed or another order of training would change is not in them:
-that takes runs, see `hkft compare`.
+Percentile intervals of 95 %, and the p of a rise. What another seed or another order of training would change is not in
+them: that takes runs, see `hkft compare`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hkft.diagnostics.curve import rise
 
 DRAWS = 1_000
 FEWEST = 100  # draws, of a set of very many rows: their interval is narrow
@@ -65,27 +68,52 @@ def change_interval(before: Losses, after: Losses, seed: int = 0) -> Interval | 
     return _interval(later - earlier, after.mean - before.mean, rows)
 
 
+def rise_p(looks: Sequence[Losses], seed: int = 0) -> float | None:
+    """How often a set of so many rows would show as large a `curve.rise` although the loss never rises; None below 2 rows.
+
+    One-sided p, bootstrap under the null: the curve that only falls and fits best (isotonic regression), and about it what
+    drawing the rows anew does to the measured one, all looks together. The lowest look is chosen again in every draw, as
+    it was in the curve: the lowest of many is low by luck.
+    """
+    from scipy.optimize import isotonic_regression
+
+    rows = len(looks[0].sums)
+    if rows < 2:
+        return None
+    measured = np.array([look.mean for look in looks])
+    drawn = np.stack(_means(looks, _draws(rows), np.random.default_rng(seed)), axis=1)
+    level = isotonic_regression(measured, increasing=False).x
+    risen = np.array([rise(curve) for curve in level + _wider(rows) * (drawn - measured)])
+    return float((1 + (risen >= rise(measured)).sum()) / (1 + len(risen)))
+
+
 def _draws(rows: int) -> int:
     return int(np.clip(10 * NUMBERS // max(rows, 1), FEWEST, DRAWS))
 
 
-def _means(looks: list[Losses], draws: int, draw: np.random.Generator) -> list[NDArray[np.floating]]:
-    """Of each look the mean loss over rows drawn with replacement, [draws]; the same rows for all looks."""
+def _means(looks: Sequence[Losses], draws: int, draw: np.random.Generator) -> NDArray[np.floating]:
+    """Of each look the mean loss over rows drawn with replacement, [looks, draws]; the same rows for all looks."""
     rows = len(looks[0].sums)
     size = max(1, NUMBERS // rows)
-    means: list[list[NDArray[np.floating]]] = [[] for _ in looks]
+    sums, items = (np.stack([getattr(look, name) for look in looks]).astype(np.float64) for name in ("sums", "items"))
+    means = []
     for start in range(0, draws, size):
         chosen = draw.integers(0, rows, (min(size, draws - start), rows), dtype=np.int32)
-        for found, look in zip(means, looks, strict=True):
-            found.append(look.sums[chosen].sum(1) / look.items[chosen].sum(1))
-    return [np.concatenate(found) for found in means]
+        times = np.stack([np.bincount(each, minlength=rows) for each in chosen], axis=1).astype(np.float64)
+        means.append((sums @ times) / (items @ times))
+    return np.concatenate(means, axis=1)
 
 
 def _interval(drawn: NDArray[np.floating], measured: float, rows: int) -> Interval:
-    """The percentiles, set apart from what was measured as Student's t is from the normal: few rows vary too little."""
+    """The percentiles, set apart from what was measured by `_wider`."""
+    share = (1 + LEVEL) / 2
+    low, high = measured + _wider(rows) * (np.quantile(drawn, [1 - share, share]) - measured)
+    return float(low), float(high)
+
+
+def _wider(rows: int) -> float:
+    """As Student's t lies farther out than the normal: few rows vary too little when they are drawn again."""
     from scipy.stats import norm, t
 
     share = (1 + LEVEL) / 2
-    wider = t.ppf(share, rows - 1) / norm.ppf(share) * math.sqrt(rows / (rows - 1))
-    low, high = measured + wider * (np.quantile(drawn, [1 - share, share]) - measured)
-    return float(low), float(high)
+    return float(t.ppf(share, rows - 1) / norm.ppf(share) * math.sqrt(rows / (rows - 1)))

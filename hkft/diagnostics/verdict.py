@@ -2,6 +2,7 @@
 
 The names, and when each is given. The first that holds, from the top, is the verdict:
 
+    unclear           the last losses are not finite: training diverged
     unclear           fewer than 4 evaluations, unless they are overwhelming: validation loss half as high again as at
                       its lowest, and the train loss halved
     overfitting       validation loss has turned while train loss falls
@@ -20,9 +21,10 @@ Why overfitting goes before memorising, where both are true: a turn has a step, 
 helps is dropout, more rows, a lower rank. Where both hold, the sentence says both.
 
 Uncertainty. hkft knows the loss of every row at every look, and so how far a mean over these rows may be off (bootstrap,
-95 %, see `uncertainty`). A rise of validation loss whose interval reaches 0 is no turn, whatever the curve looks like: on
-these rows it cannot be told from luck. A gap whose interval is wider than half the validation loss lowers the confidence.
-A curve of another tool has neither: its confidence is lowered too.
+95 %, see `uncertainty`). A rise of validation loss that so many rows would show in more than 2.5 % of all cases although
+the loss never rises is no turn, whatever the curve looks like: on these rows it cannot be told from luck. A gap whose
+interval is wider than half the validation loss lowers the confidence. A curve of another tool has
+neither: its confidence is lowered too.
 
 How it is decided. Every rule weighs the size of a change against the noise of its own curve; no single number decides.
 
@@ -31,9 +33,9 @@ noise       standard deviation of a curve about the best fit that falls to its l
             because few points always fit well.
 level       of the lowest point: the median of it and its two neighbours, so that one lucky evaluation is not a turn. Of
             the end: the median of the last third of the evaluations that follow the lowest.
-turned      the end lies 5 % or more above the lowest; the intervals of the rise at the last third of the evaluations,
-            where there are any, lie above 0 (their median does), and either 4 times the noise above it with two or more
-            evaluations since, or twice the noise with a rising trend since (Kendall's tau, one-sided p <= 0.05).
+turned      the end lies 5 % or more above the lowest; no luck of the rows, where they are known (one-sided p <= 0.025, the
+            lowest point chosen again in every draw); and either 4 times the noise above it with two or more evaluations
+            since, or twice the noise with a rising trend since (Kendall's tau, one-sided p <= 0.05).
 falls       the train loss ends 5 % or more, and twice its noise, below its first evaluation; or its trend over all
             evaluations falls (p <= 0.05) and it ends 5 % below.
 near zero   the probe loss is at most a tenth of the lowest validation loss: a ratio, as each task has its own unit.
@@ -54,7 +56,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hkft.diagnostics.curve import Point
+from hkft.diagnostics.curve import Point, level_of_end, level_of_lowest, rise
 from hkft.diagnostics.gap import LOWER_IS_BETTER
 
 Name = Literal["healthy", "underfitting", "overfitting", "loss-overfitting", "memorising", "unclear"]
@@ -66,6 +68,7 @@ NOISE_FLOOR = 0.02  # of the level
 NEAR_ZERO = 0.1  # of the lowest validation loss
 WIDE = 0.25  # of the larger of the first losses
 SIGNIFICANT = 0.05
+LUCK = 0.025  # the p of a rise of so many rows: one side of an interval of 95 %
 UNCERTAIN = 0.5  # of the validation loss: the width of the gap's interval
 
 
@@ -94,12 +97,15 @@ def verdict(curve: Sequence[Point], *, metric: str | None = None) -> Verdict:
     """The verdict on a curve, by the rules above.
 
     metric: the task's metric, which tells confidence from decisions; None leaves it out.
-    Evaluations whose losses are not finite do not count.
+    Evaluations whose losses are not finite do not count, unless they are the last.
     """
     finite = [point for point in curve if math.isfinite(point.train_loss) and math.isfinite(point.validation_loss)]
     if not finite:
         return Verdict("unclear", None, "low", "Unclear: there is no evaluation with a finite loss on both sides.")
-    shape = _Shape(sorted(finite, key=lambda point: point.step), metric)
+    finite.sort(key=lambda point: point.step)
+    if finite[-1].step < max(point.step for point in curve):
+        return _diverged(finite[-1])
+    shape = _Shape(finite, metric)
     if len(finite) < ENOUGH:
         return _of_few(shape)
     if shape.turned and shape.train_keeps_falling:
@@ -135,7 +141,7 @@ class _Shape:
     @cached_property
     def rise(self) -> float:
         """Level of the end less level of the lowest validation loss."""
-        return _end(self.validation, self.turn) - _around(self.validation, self.turn)
+        return rise(self.validation)
 
     @cached_property
     def trend(self) -> float:
@@ -144,7 +150,7 @@ class _Shape:
 
     @property
     def material(self) -> bool:
-        return self.rise >= MATERIAL * abs(_around(self.validation, self.turn))
+        return self.rise >= MATERIAL * abs(level_of_lowest(self.validation))
 
     @property
     def turned(self) -> bool:
@@ -155,14 +161,13 @@ class _Shape:
 
     @property
     def beyond_luck(self) -> bool:
-        """Whether other validation rows would show the rise as well: at the most of the last evaluations, as `_end` has it."""
-        after = self.points[self.turn + 1 :] or self.points[-1:]
-        intervals = [point.rise_interval for point in after[-math.ceil(len(after) / 3) :]]
-        return any(each is None for each in intervals) or float(np.median([each[0] for each in intervals if each])) > 0
+        """Whether other validation rows would show the rise as well."""
+        p = self.points[-1].rise_p
+        return p is None or p <= LUCK
 
     @cached_property
     def train_falls(self) -> bool:
-        first, end = self.train[0], _end(self.train, 0)
+        first, end = self.train[0], level_of_end(self.train, 0)
         fall = first - end
         noise = _noise(self.train, int(self.train.argmin()))
         return fall >= MATERIAL * abs(first) and (fall >= 2 * noise or _rising(-self.train) <= SIGNIFICANT)
@@ -170,7 +175,7 @@ class _Shape:
     @property
     def train_keeps_falling(self) -> bool:
         """Fell, and has not come up again since the turn by more than its noise."""
-        since = _end(self.train, self.turn) - self.train[self.turn]
+        since = level_of_end(self.train, self.turn) - self.train[self.turn]
         return self.train_falls and since <= 2 * _noise(self.train, int(self.train.argmin()))
 
     @property
@@ -190,7 +195,7 @@ class _Shape:
     @property
     def nothing_carries_over(self) -> bool:
         """The curve begins before training, and validation has not come down from there, materially or beyond its noise."""
-        fall = self.validation[0] - _around(self.validation, self.turn)
+        fall = self.validation[0] - level_of_lowest(self.validation)
         return self.points[0].step == 0 and (fall < MATERIAL * abs(self.validation[0]) or fall < 2 * self.noise)
 
     @property
@@ -203,8 +208,8 @@ class _Shape:
     @property
     def hidden_by_noise(self) -> bool:
         """A material rise without evidence, one lucky evaluation, or noise that drowns rise and fall alike."""
-        level = _around(self.validation, self.turn)
-        lucky = _end(self.validation, self.turn) - self.validation[self.turn]
+        level = level_of_lowest(self.validation)
+        lucky = level_of_end(self.validation, self.turn) - self.validation[self.turn]
         drowned = self.noise > 2 * MATERIAL * abs(level) and self.validation[0] - level < 4 * self.noise
         return self.material or drowned or lucky >= max(4 * self.noise, MATERIAL * abs(level))
 
@@ -218,7 +223,7 @@ class _Shape:
             return None
         sign = 1 if self.metric in LOWER_IS_BETTER else -1  # the noise is measured about a curve that falls
         noise = _noise(sign * values, int((sign * values).argmin()), floor=NOISE_FLOOR / 4)
-        better = -sign * (_end(values, self.turn) - values[self.turn])
+        better = -sign * (level_of_end(values, self.turn) - values[self.turn])
         if self.accuracy_may_be_luck:
             return None
         return (values[self.turn], values[-1]) if better > noise else None
@@ -255,6 +260,14 @@ class _Shape:
         return levels[max(0, level - (not self.eval_mode) - self.uncertain_gap)]
 
 
+def _diverged(last: Point) -> Verdict:
+    text = (
+        f"Unclear: training diverged, a loss is not finite after step {last.step}, where train was "
+        f"{show(last.train_loss)} and validation {show(last.validation_loss)}."
+    )
+    return Verdict("unclear", None, "high", text, "rate")
+
+
 def _of_few(shape: _Shape) -> Verdict:
     risen = shape.validation[-1] >= 1.5 * shape.validation.min()
     halved = shape.train[-1] <= 0.5 * shape.train[0]
@@ -285,6 +298,8 @@ def _overfitting(shape: _Shape) -> Verdict:
     if shape.accuracy_may_be_luck:
         then, now = (shape.points[n].metrics["accuracy"] for n in (shape.turn, -1))
         text += f" Accuracy, {show(then)} then and {show(now)} now, differs by no more than other rows might give."
+    if shape.at == 0:
+        text += " No evaluation was better than the model before training."
     return Verdict("overfitting", shape.at, confidence, text)
 
 
@@ -322,12 +337,12 @@ def _unstable(shape: _Shape) -> Verdict:
 
 
 def _noisy(shape: _Shape) -> Verdict:
-    interval = shape.points[-1].rise_interval
-    if shape.material and not shape.beyond_luck and interval:
+    p = shape.points[-1].rise_p
+    if shape.material and not shape.beyond_luck and p is not None:
         text = (
             f"Unclear: validation loss is {show(shape.validation[-1])} after a lowest of "
             f"{show(shape.validation[shape.turn])} at step {shape.at}, and with so few validation rows that may be luck "
-            f"(a rise of {show(interval[0])} to {show(interval[1])}, 95 %; {shape.gap})."
+            f"(p = {p:.2g} of such a rise where there is none; {shape.gap})."
         )
         return Verdict("unclear", None, shape.confidence(False), text, "rows")
     text = (
@@ -364,16 +379,6 @@ def _healthy(shape: _Shape) -> Verdict:
 def show(number: float) -> str:
     """Three decimals where they say something, three digits elsewhere."""
     return f"{number:.3f}" if number == 0 or 0.001 <= abs(number) < 1000 else f"{number:.3g}"
-
-
-def _around(values: np.ndarray, index: int) -> float:
-    return float(np.median(values[max(index - 1, 0) : index + 2]))
-
-
-def _end(values: np.ndarray, start: int) -> float:
-    """Median of the last third of what follows `start`; the value there if nothing follows."""
-    after = values[start + 1 :] if start + 1 < len(values) else values[start:]
-    return float(np.median(after[-math.ceil(len(after) / 3) :]))
 
 
 def _noise(values: np.ndarray, turn: int, floor: float = NOISE_FLOOR) -> float:

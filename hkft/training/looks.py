@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hkft.diagnostics.decomposition import Added, net_gain, regret, regularisation
 from hkft.diagnostics.gap import LOWER_IS_BETTER, gap
-from hkft.diagnostics.uncertainty import Interval, Losses, change_interval, gap_interval
+from hkft.diagnostics.uncertainty import Interval, Losses, change_interval, gap_interval, rise_p
 from hkft.dropout.method import Consistency
 from hkft.errors import DivergedError
 from hkft.evaluation.completions import Completions
@@ -66,8 +66,8 @@ class Clock:
 Seen = Predictions | Completions
 
 
-class Lowest(NamedTuple):
-    """Validation at the look where its loss was lowest: of each row its loss, and whether it was decided rightly."""
+class Rows(NamedTuple):
+    """Validation at a look: of each row (of rows of one prompt as of one) its loss, and whether it was decided rightly."""
 
     losses: Losses
     right: NDArray[np.bool_] | None
@@ -93,7 +93,7 @@ class Looks(TrainerCallback):
     log: Callable[[dict[str, float]], None] = lambda numbers: None
     curve: list[Evaluated] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
-    lowest: Lowest | None = None
+    rows: list[Rows] = field(default_factory=list)  # a look each
     forgotten: bool = False  # the run was resumed, and rows' losses of its first part are not there
     interrupted: int | None = None  # the signal
 
@@ -155,7 +155,8 @@ class Looks(TrainerCallback):
             self.keep(seen)
         self.remember(step, seen)
         probe, validation = (seen[split].by_row.grouped(seen[split].groups) for split in SPLITS)
-        self.lowest = lowest(self.lowest, Lowest(validation, seen["validation"].right))
+        self.rows.append(Rows(validation, seen["validation"].right))
+        lowest = min(self.rows, key=lambda rows: rows.losses.mean)
         earlier = [look.validation for look in self.curve]
         evaluated = Evaluated(
             step=step,
@@ -167,9 +168,10 @@ class Looks(TrainerCallback):
             gap_interval=gap_interval(probe, validation),
             net_gain=net_gain((earlier or [metrics["validation"]])[0], metrics["validation"]),
             regret=regret(earlier, metrics["validation"]),
-            regret_interval=None if self.forgotten else change_interval(self.lowest.losses, validation),
+            regret_interval=None if self.forgotten else change_interval(lowest.losses, validation),
             regularisation=self._regularisation(seen["train_probe"].by_row),
-            accuracy_interval=None if self.forgotten else _change(self.lowest.right, seen["validation"].right),
+            accuracy_interval=None if self.forgotten else _change(lowest.right, seen["validation"].right),
+            rise_p=None if self.forgotten else rise_p([rows.losses for rows in self.rows]),
         )
         self.curve.append(evaluated)
         self.log(numbers(evaluated))
@@ -198,11 +200,6 @@ class Looks(TrainerCallback):
         if self.patience is None or self.best is None:
             return False
         return sum(seen.step > self.best.step for seen in self.curve) >= self.patience
-
-
-def lowest(before: Lowest | None, now: Lowest) -> Lowest:
-    """The one whose loss is lower; the first of equals."""
-    return now if before is None or now.losses.mean < before.losses.mean else before
 
 
 def _change(before: NDArray[np.bool_] | None, now: NDArray[np.bool_] | None) -> Interval | None:

@@ -369,8 +369,7 @@ def _take_up(folder: RunFolder, watcher: looks.Looks, checkpoint: Path | None) -
         right = record["validation"]["right"]
         groups = None if record["groups"] is None else np.array(record["groups"])
         losses = losses_of(record["validation"]).grouped(groups)
-        then = looks.Lowest(losses, None if right is None else np.array(right, dtype=bool))
-        watcher.lowest = looks.lowest(watcher.lowest, then)
+        watcher.rows.append(looks.Rows(losses, None if right is None else np.array(right, dtype=bool)))
     if folder.summary.exists():
         summary = read_json(folder.summary) if checkpoint else {}
         watcher.clock.before = float(summary.get("train_runtime_s") or 0.0)

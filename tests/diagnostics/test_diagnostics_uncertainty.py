@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hkft.diagnostics.decomposition import Added, net_gain, regret, regularisation
-from hkft.diagnostics.uncertainty import Losses, change_interval, gap_interval
+from hkft.diagnostics.uncertainty import Losses, change_interval, gap_interval, rise_p
 
 
 def losses(values, items=None) -> Losses:
@@ -59,6 +59,32 @@ def test_many_rows_take_fewer_draws_and_little_memory():
     rows = losses(np.random.default_rng(0).exponential(1.0, 150_000))
     low, high = gap_interval(rows, rows)
     assert low < 0 < high < 0.02
+
+
+def looks_at(draw, level, rows=100) -> list[Losses]:
+    """Rows, some hard, whose losses flicker from look to look while their mean follows `level`."""
+    hard = draw.exponential(1.0, rows)
+    return [losses(mean * hard * np.exp(0.5 * draw.normal(size=rows) - 0.125)) for mean in level]
+
+
+def test_a_rise_is_found_by_luck_no_more_often_than_its_p_says():
+    """The lowest of nine looks is low by luck: an interval of the change since then finds a rise much more often."""
+    draw, level = np.random.default_rng(2), [0.7, 0.55, 0.5, *[0.45] * 6]
+    found = [looks_at(draw, level) for _ in range(150)]
+    assert np.mean([rise_p(looks) <= 0.05 for looks in found]) <= 0.05
+    naive = [change_interval(min(looks, key=lambda look: look.mean), looks[-1])[0] > 0 for looks in found]
+    assert np.mean(naive) > 0.08
+
+
+def test_a_rise_that_is_there_is_found():
+    draw, level = np.random.default_rng(3), [0.7, 0.55, 0.45, 0.5, 0.55, 0.6, 0.65]
+    assert np.mean([rise_p(looks_at(draw, level, rows=300)) <= 0.025 for _ in range(60)]) >= 0.9
+
+
+def test_the_p_of_a_rise_needs_rows_and_a_rise():
+    assert rise_p([losses([0.5]), losses([0.6])]) is None
+    rows = losses(np.linspace(0, 1, 40))
+    assert rise_p([rows]) == rise_p([rows, rows]) == 1.0
 
 
 def test_the_parts_of_a_look():

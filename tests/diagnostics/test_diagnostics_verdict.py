@@ -69,7 +69,7 @@ SHAPES = {
     "two evaluations": ([0.5, 0.4], [0.5, 0.55], "unclear", None),
     "three evaluations, falling": ([0.5, 0.4, 0.3], [0.5, 0.45, 0.4], "unclear", None),
     "three evaluations, overwhelming": ([0.6, 0.3, 0.1], [0.5, 0.7, 1.0], "overfitting", 63),
-    "a diverged evaluation is left out": ([*FALLING, NAN], [0.7, 0.6, 0.52, 0.48, 0.46, 0.45, NAN], "healthy", None),
+    "an evaluation without a loss": ([0.6, NAN, *FALLING[1:]], [0.7, NAN, 0.6, 0.5, 0.47, 0.46, 0.45], "healthy", None),
 }
 
 
@@ -169,33 +169,40 @@ def test_numbers_keep_three_digits_at_any_scale(number, text):
 # --- what the rows allow to be said -----------------------------------------------------------------------------------
 
 
-def measured(train, validation, gap=None, rise=None, eval_mode=True):
+def measured(train, validation, gap=None, p=None, eval_mode=True):
     points = curve(train, validation, eval_mode=eval_mode)
-    return [*points[:-1], replace(points[-1], gap_interval=gap, rise_interval=rise)]
+    return [*points[:-1], replace(points[-1], gap_interval=gap, rise_p=p)]
 
 
 def test_a_rise_that_other_rows_might_not_show_is_no_turn():
     late = [0.7, 0.5, 0.4, 0.39, 0.45, 0.52]
-    assert verdict(measured(FALLING, late, rise=(0.05, 0.2))).name == "overfitting"
-    luck = verdict(measured(FALLING, late, rise=(-0.02, 0.3)))
+    assert verdict(measured(FALLING, late, p=0.02)).name == "overfitting"
+    luck = verdict(measured(FALLING, late, p=0.03))
     assert luck.name == "unclear"
     assert luck.cause == "rows"
     assert "with so few validation rows that may be luck" in luck.text
 
 
-def test_one_lucky_evaluation_at_the_end_does_not_hide_a_turn():
-    validation = [1, 0.8, 0.7, 0.6, 0.7, 0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.0]
-    points = curve(np.linspace(1, 0.1, 13), validation)
-    sure = [replace(point, rise_interval=(0.05, 0.5)) for point in points[:-1]]
-    assert verdict([*sure, replace(points[-1], rise_interval=(-0.02, 0.14))]).name == "overfitting"
-    lucky = [replace(point, rise_interval=(-0.05, 0.5)) for point in points]
-    assert verdict(lucky).name == "unclear"
-
-
 def test_overwhelming_needs_the_rows_too():
     points = curve([1.0, 0.5, 0.3], [1.0, 0.8, 1.3])
     assert verdict(points).name == "overfitting"
-    assert verdict([*points[:-1], replace(points[-1], rise_interval=(-2.0, 3.0))]).name == "unclear"
+    assert verdict([*points[:-1], replace(points[-1], rise_p=0.2)]).name == "unclear"
+
+
+@pytest.mark.parametrize("lost", [NAN, float("inf")])
+def test_a_curve_that_ends_without_a_finite_loss_has_diverged(lost):
+    found = verdict(curve([0.69, 0.5, 0.4, 0.3, lost, lost], [0.69, 0.6, 0.55, 0.5, 0.6, lost]))
+    assert (found.name, found.cause) == ("unclear", "rate")
+    assert found.text.startswith("Unclear: training diverged, a loss is not finite after step 252")
+    assert verdict(curve([0.69, 0.5, lost, 0.3, 0.2, 0.1], [0.69, 0.6, lost, 0.5, 0.45, 0.4])).name == "healthy"
+
+
+def test_a_run_that_only_made_the_model_worse_is_told_so():
+    points = curve([0.5, 0.3, 0.2, 0.1, 0.05, 0.02], [0.5, 0.6, 0.8, 1.0, 1.2, 1.4])
+    worse = verdict([replace(point, step=63 * n) for n, point in enumerate(points)])
+    assert (worse.name, worse.since_step) == ("overfitting", 0)
+    assert worse.text.endswith("No evaluation was better than the model before training.")
+    assert "before training" not in verdict(points).text  # of which nothing is known
 
 
 def test_training_that_went_up_is_told_to_have_too_high_a_rate():
@@ -222,7 +229,7 @@ def test_a_wide_gap_is_said_of_a_healthy_run():
 
 
 def test_the_gap_is_told_with_its_interval():
-    found = verdict(measured(LORA_TRAIN, LORA_VALIDATION, gap=(0.61, 0.78), rise=(0.18, 0.33)))
+    found = verdict(measured(LORA_TRAIN, LORA_VALIDATION, gap=(0.61, 0.78), p=0.001))
     assert found.text.endswith("(gap 0.694, 95 % 0.610 to 0.780).")
 
 

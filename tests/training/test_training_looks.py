@@ -43,6 +43,7 @@ def test_the_parts_add_up_and_are_what_their_names_say(whole):
         assert low < look["gap"]["loss"] < high
         assert look["regret_interval"][0] <= look["regret"]["loss"] + 1e-9
         assert look["regret_interval"][1] >= look["regret"]["loss"] - 1e-9
+        assert 0 < look["rise_p"] <= 1
 
 
 def test_without_dropout_nothing_is_added(recipe_file, tmp_path):
@@ -123,6 +124,7 @@ def test_a_resumed_run_remembers_what_the_whole_one_does(recipe_file, tmp_path, 
     for one, other in zip(done.records("eval"), whole.records("eval"), strict=True):
         for name in ("gap_interval", "regret_interval", "accuracy_interval"):
             assert one[name] == pytest.approx(other[name], abs=1e-4)
+        assert one["rise_p"] == pytest.approx(other["rise_p"], abs=0.005)
 
 
 def test_loggers_are_given_the_same_numbers_and_the_step_s_own_log_is_left(whole):
