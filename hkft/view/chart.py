@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from rich.text import Text
 
-from hkft.view.scale import Points, bounds, runs, ticks
+from hkft.view.scale import Points, bounds, runs, tick_label, ticks
 
 BRAILLE = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # bit of the dot at [x][y], from the top left
 AXES = {False: "┤│└─", True: "+|+-"}
@@ -64,7 +64,7 @@ def chart(
         return [Text("no evaluation yet", style="dim")]
     rows = height - 3
     marks = ticks(*span, max(2, rows // 2 + 1))
-    labels = [f"{mark:g}" for mark in marks]
+    labels = [tick_label(mark) for mark in marks]
     margin = max(map(len, labels))
     columns = width - margin - 2
     end = max([x for one in series for x, _ in one.points] + ([x_max] if x_max else [])) or 1.0

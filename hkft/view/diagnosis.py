@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
@@ -62,8 +64,8 @@ def _curve(found: Record, width: int, ascii_only: bool) -> Sequence[Text]:
             ("validation loss", "validation_loss", VALIDATION, "v", False),
         )
     ]
-    lowest = min(found["curve"], key=lambda point: point["validation_loss"])
-    best = (lowest["step"], lowest["validation_loss"])
+    looks = [(point["step"], point["validation_loss"]) for point in found["curve"]]
+    best = min((look for look in looks if math.isfinite(look[1])), key=itemgetter(1), default=None)
     return chart(lines, width, REPORT_CHART, best=best, ascii_only=ascii_only)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hkft.events import Notice
 from hkft.view import words
 from hkft.view.page import write_page
 from hkft.view.scale import Points
-from hkft.view.svg import Band, Line, line_chart, meter, reliability
+from hkft.view.svg import SMALL, Band, Line, line_chart, meter, reliability
 
 Records = Sequence[Mapping[str, Any]]
 MOST_POINTS = 240  # of the objective's line: about three pixels each
@@ -73,9 +73,10 @@ def write_report(
     diagnosis: what is known beyond the curve, as plain data; a section whose part is missing or None is left out.
     """
     metric, known = words.metric_of(summary), diagnosis or {}
+    end = max((record["step"] for record in (*curve, *train_records)), default=0)
     sections = {
-        **{chart.key: (chart.heading, chart) for chart in _charts(summary, curve, metric, train_records, known)},
-        "decomposition": ("Decomposition of the loss", _decomposition(known.get("decomposition") or ())),
+        **{chart.key: (chart.heading, chart) for chart in _charts(summary, curve, metric, train_records, known, end)},
+        "decomposition": ("Decomposition of the loss", _decomposition(known.get("decomposition") or (), end)),
         "calibration": ("Calibration", _calibration(known.get("calibration") or {})),
         "memorisation": ("Memorisation", _memorisation(known.get("memorisation") or {})),
         "near-duplicates": ("Near-duplicates", _near_duplicates(known.get("near_duplicates"))),
@@ -120,7 +121,7 @@ _SIDES = {"train_probe": "probe", "validation": "validation", "gap": "gap"}
 
 
 def _charts(
-    summary: Mapping[str, Any], curve: Records, metric: str, train_records: Records, known: Mapping[str, Any]
+    summary: Mapping[str, Any], curve: Records, metric: str, train_records: Records, known: Mapping[str, Any], end: int
 ) -> list[Chart]:
     best = summary.get("best_step")
     charts = []
@@ -129,28 +130,51 @@ def _charts(
         if not validation:
             continue
         lines = [_curve("probe of the training rows", probe, "probe"), _curve("validation", validation, "validation")]
-        better = "lower is better" if name in LOWER_IS_BETTER else "higher is better"
-        mark = next(((x, y) for x, y in validation if x == best and math.isfinite(y)), None)
         text = f"{name} by step, in eval mode, on both sides: " + _told(lines)
-        drawn = line_chart(lines, title=f"{name} by step", description=text, best=mark)
-        charts.append(Chart(key, name.capitalize(), f"eval mode on both sides; {better}", lines, drawn))
-    charts.append(_gap(curve, known.get("gap_intervals") or ()))
+        mark = _mark(validation, best)
+        drawn = line_chart(lines, title=f"{name} by step", description=text, best=mark, end=end)
+        charts.append(Chart(key, name.capitalize(), f"eval mode on both sides; {_better(name)}", lines, drawn))
+    if charts and summary["task"] == "generation":
+        charts[-1] = replace(charts[-1], drawing=charts[-1].drawing + _scores(curve, metric, best, end))
+    charts.append(_gap(curve, known.get("gap_intervals") or (), end))
     points = _thinned([(record["step"], _number(record["objective"])) for record in train_records])
     if points:
         line = Line("objective", points, "objective", dots=False)
-        drawn = line_chart([line], title="training objective by step", description=_told([line]), height=190)
+        drawn = line_chart([line], title="training objective by step", description=_told([line]), end=end, height=190)
         note = f"train mode, on the batch being learnt, consistency term included: {words.OBJECTIVE}"
         charts.append(Chart("objective", "Training objective", note, (), drawn))
     return charts
 
 
-def _gap(curve: Records, intervals: Records) -> Chart:
+def _scores(curve: Records, metric: str, best: int | None, end: int) -> Markup:
+    """A small chart of each score of the written texts; empty where no look has any."""
+    names = dict.fromkeys(name for record in curve for name in record["validation"])
+    drawings = []
+    for name in [name for name in names if name not in ("loss", "perplexity", "token_accuracy", metric)]:
+        line = _curve("validation", _points(curve, "validation", name), "validation")
+        title, mark = f"{name} by step", _mark(line.points, best)
+        drawn = line_chart([line], title=title, description=_told([line]), best=mark, end=end, width=SMALL, height=190)
+        caption = f"{name}, {_better(name)}"
+        drawings.append(Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(caption, drawn))
+    head = Markup('<h3>Scores of the written texts</h3><p class="note">validation, by step</p><div class="pair">')
+    return head + Markup("").join(drawings) + Markup("</div>") if drawings else Markup("")
+
+
+def _better(name: str) -> str:
+    return "lower is better" if name in LOWER_IS_BETTER else "higher is better"
+
+
+def _mark(points: Points, best: int | None) -> tuple[float, float] | None:
+    return next(((x, y) for x, y in points if x == best and math.isfinite(y)), None)
+
+
+def _gap(curve: Records, intervals: Records, end: int) -> Chart:
     line = _curve("gap of the loss", _points(curve, "gap", "loss"), "gap")
     told, legend, bands = _told([line]), [line], []
     if edges := _edges((look["step"], look.get("low"), look.get("high")) for look in intervals):
         bands, legend = [Band(edges, "gap")], [line, Line("its 95% interval", (), "gap band")]
         told += f"; its 95% interval at the end: {_between(*edges[-1][1:])}"
-    drawn = line_chart([line], title="gap of the loss by step", description=told, height=220, bands=bands)
+    drawn = line_chart([line], title="gap of the loss by step", description=told, end=end, height=220, bands=bands)
     note = "validation loss minus probe loss: how much easier the training rows are for the model"
     if bands:
         note += ". The band: what other rows of the same kind could have given. Above 0, the gap is more than chance"
@@ -165,7 +189,7 @@ _PARTS = {
 }
 
 
-def _decomposition(looks: Records) -> tuple[Chart, str, list[Part]] | None:
+def _decomposition(looks: Records, end: int) -> tuple[Chart, str, list[Part]] | None:
     """A chart of the parts by step, the last look in words, and its numbers."""
     lines = [_curve(key.replace("_", " "), [(look["step"], _part(look, key)) for look in looks], key) for key in _PARTS]
     lines = [line for line in lines if any(math.isfinite(y) for _, y in line.points)]
@@ -173,7 +197,7 @@ def _decomposition(looks: Records) -> tuple[Chart, str, list[Part]] | None:
         return None
     edges = _edges((look["step"], *(look.get("regret_interval") or (None, None))) for look in looks)
     bands = [Band(edges, "regret")] if edges else []
-    drawn = line_chart(lines, title="parts of the loss by step", description=_told(lines), height=280, bands=bands)
+    drawn = line_chart(lines, title="parts of the loss by step", description=_told(lines), end=end, bands=bands)
     note = "what the losses of every look are made of, on the same rows throughout"
     parts = [
         Part(line.name, line.style, words.number(line.points[-1][1]), _meaning(line.style, looks[-1])) for line in lines

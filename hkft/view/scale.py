@@ -31,6 +31,12 @@ def _steps(span: float) -> Iterable[float]:
         power *= 10
 
 
+def tick_label(value: float) -> str:
+    """A mark of an axis in as few letters as tell it: 0.25, 1.2e-5, 1e6."""
+    digits, _, power = f"{value:g}".partition("e")
+    return f"{digits}e{int(power)}" if power else digits
+
+
 def runs(points: Points) -> list[list[tuple[float, float]]]:
     """The points by x, cut where a value is NaN or infinite: a line is drawn through each piece."""
     pieces: list[list[tuple[float, float]]] = [[]]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.constrain import Constrain
 from rich.panel import Panel
@@ -23,6 +24,20 @@ PROBE, VALIDATION, BEST = "yellow", "cyan", "bold green"
 VERDICT_STYLES = {"healthy": "green", "unclear": "yellow", "underfitting": "yellow"}
 WIDEST = 100  # columns: longer lines are harder to read, not richer
 REPORT_ROWS, REPORT_CHART = 24, 16  # lines of the final table and chart
+TALL = 30  # lines of a terminal with room for air, and for more than the last looks
+TABLE_HEAD, MOST_LOOKS = 2, 8  # lines above the looks; looks on the live screen
+WIDEST_NUMBER = 8
+NEEDS = {  # lines, by importance: the last are left out first
+    "bar": 1,
+    "chart": SMALLEST[1],
+    "told": 1,
+    "now": 1,
+    "looks": TABLE_HEAD + 2,
+    "pace": 1,
+    "head": 1,
+    "facts": 1,
+}
+GROUPS = (("head", "facts"), ("bar", "pace"), ("chart",), ("looks", "told"), ("now",))  # from the top
 
 
 @dataclass(slots=True)
@@ -65,7 +80,7 @@ class Screen:
         parts: list[RenderableType] = []
         if self.started and not self.finished:
             parts = _training(self, self.started, width, console.height, options.ascii_only)
-        if self.stage:
+        elif self.stage:
             parts.append(_stage(self.stage, self.spinners[options.ascii_only], width, options.ascii_only))
         yield Constrain(Group(*parts), width)
 
@@ -82,7 +97,7 @@ def report(screen: Screen, finished: Finished, width: int, ascii_only: bool) -> 
     width = min(width, WIDEST)
     parts: list[RenderableType] = []
     if screen.started:
-        parts += [_header(screen.started, ascii_only), Text()]
+        parts += [_head(screen.started, width, ascii_only), _facts(screen.started, width, ascii_only), Text()]
     if screen.evaluations:
         parts += [*_chart(screen, width, REPORT_CHART, ascii_only), Text()]
         parts += [_evaluations(screen, width, REPORT_ROWS), *_parts(screen), Text()]
@@ -126,82 +141,202 @@ def done(stage: Stage, ascii_only: bool) -> Text:
 
 
 def _training(screen: Screen, started: Started, width: int, height: int, ascii_only: bool) -> list[RenderableType]:
-    told = _parts(screen) if screen.evaluations else []
-    rows = max(2, min(8, (height - 16 - len(told)) // 3))
-    lines = height - 16 - len(told) - rows
-    parts: list[RenderableType] = [_header(started, ascii_only), Text(), *_progress(screen, started, width, ascii_only)]
+    """The parts that `height` has lines for, one line shorter than it: a terminal scrolls where its last is written."""
+    wanted = {"head", "facts", "bar", "pace", "now"}
     if screen.evaluations:
-        parts.append(Text())
-        if lines >= SMALLEST[1]:
-            parts += [*_chart(screen, width, min(lines, REPORT_CHART), ascii_only), Text()]
-        parts.append(_evaluations(screen, width, rows))
+        wanted |= {"looks", "told", *(["chart"] if width >= SMALLEST[0] else [])}
+    lines = _layout(wanted, height)
+    draw: dict[str, Callable[[], Sequence[RenderableType]]] = {
+        "head": lambda: [_head(started, width, ascii_only)],
+        "facts": lambda: [_facts(started, width, ascii_only)],
+        "bar": lambda: [_bar(screen, started, width)],
+        "pace": lambda: [_pace(screen, started, width, ascii_only)],
+        "chart": lambda: _chart(screen, width, lines["chart"], ascii_only),
+        "looks": lambda: [_evaluations(screen, width, lines["looks"] - TABLE_HEAD)],
+        "told": lambda: [_told(screen.evaluations, width, "looks" in lines)],
+        "now": lambda: [_now(screen, started, width, ascii_only)],
+    }
+    parts: list[RenderableType] = []
+    for group in GROUPS:
+        told = [part for name in group if name in lines for part in draw[name]()]
+        parts += [Text()] if parts and told and f"above {group[0]}" in lines else []
         parts += told
-    if screen.step:
-        parts.append(Text())
-        parts.append(Text(words.objective(screen.step.objective, started.method), style="dim"))
     return parts
 
 
-def _header(started: Started, ascii_only: bool) -> RenderableType:
-    dot = " - " if ascii_only else " · "
-    place = f"  {started.device}, seed {started.seed}"
+def _layout(wanted: Set[str], height: int) -> dict[str, int]:
+    """How many lines each part has: what matters most comes first; air, more looks and more chart take what is left."""
+    lines, room = {}, height - 1
+    for name, need in NEEDS.items():
+        if name in wanted and need <= room:
+            lines[name] = need
+            room -= need
+    air = [group[0] for group in GROUPS[1:] if height >= TALL or group[0] in ("chart", "looks")]
+    if room >= len(air) + 2:  # a chart of its smallest height needs them more
+        lines |= {f"above {name}": 1 for name in air}
+        room -= len(air)
+    if "looks" in lines and height >= TALL:
+        more = min(MOST_LOOKS - (lines["looks"] - TABLE_HEAD), room // 3)
+        lines["looks"] += more
+        room -= more
+    if "chart" in lines:
+        lines["chart"] = min(lines["chart"] + room, REPORT_CHART)
+    return lines
+
+
+def _head(started: Started, width: int, ascii_only: bool) -> Text:
+    """Recipe, method, model and place. What is too long loses the model's path, then the device, then the seed."""
+    room = width - cell_len(started.method) - 4
+    names = (started.model, _short(started.model))
+    places = (f"  {started.device}, seed {started.seed}", f"  seed {started.seed}", "")
+    choices = [(name, place) for place in places for name in names]
+    name, place = next(
+        ((n, p) for n, p in choices if cell_len(started.recipe) + cell_len(n) + cell_len(p) <= room), choices[-1]
+    )
+    recipe = _cut(started.recipe, max(room // 2, room - cell_len(name + place)), ascii_only)
+    name = _cut(name, room - cell_len(recipe + place), ascii_only)
     method = (started.method, f"bold {VALIDATION}")
-    head = Text.assemble((started.recipe, "bold"), "  ", method, f"  {started.model}", (place, "dim"))
-    facts = [
+    return Text.assemble((recipe, "bold"), "  ", method, f"  {name}", (place, "dim"), no_wrap=True, overflow="crop")
+
+
+def _short(model: str) -> str:
+    """The package, or the last part of a path or of a name on the hub."""
+    path = model.rstrip("/")
+    return path.removeprefix("package:").split("/")[0] if path.startswith("package:") else path.rsplit("/", 1)[-1]
+
+
+def _facts(started: Started, width: int, ascii_only: bool) -> Text:
+    rows = [
         f"{started.train_rows:,} rows",
         f"{started.validation_rows:,} validation",
         f"{started.probe_rows:,} probe",
-        words.parameters(started.trainable_parameters, started.total_parameters),
     ]
-    return Group(head, Text(dot.join(facts), style="dim"))
+    trained = f"{started.trainable_parameters:,}"
+    share = f"trained ({started.trainable_parameters / started.total_parameters:.2%})"
+    sizes = [
+        words.parameters(started.trainable_parameters, started.total_parameters),
+        f"{trained} parameters {share}",
+        f"{trained} {share}",
+    ]
+    between = _dot(ascii_only)
+    size = next((size for size in sizes if cell_len(between.join([*rows, size])) <= width), sizes[-1])
+    return _line([*rows, size], width, between, "dim")
 
 
-def _progress(screen: Screen, started: Started, width: int, ascii_only: bool) -> list[RenderableType]:
-    step = screen.step
-    at = max(step.step if step else 0, screen.evaluations[-1].step if screen.evaluations else 0)
-    count = f"{at:,}/{started.total_steps:,}"
-    bar = ProgressBar(started.total_steps, at, width=max(10, width - len(count) - 16), complete_style=VALIDATION)
+def _bar(screen: Screen, started: Started, width: int) -> RenderableType:
+    at, total = _at(screen), f"{started.total_steps:,}"
+    count = f"{at:>{len(total)},}/{total}"
+    room = max(10, width - len(count) - 16)
+    bar = ProgressBar(started.total_steps, at, width=room, style="dim", complete_style=VALIDATION)
     grid = Table.grid(padding=(0, 1))
     share = f"{at / max(started.total_steps, 1):4.0%}"
     grid.add_row(Text("step", style="dim"), Text(count), bar, Text(share, style="dim"))
+    return grid
+
+
+def _at(screen: Screen) -> int:
+    return max(screen.step.step if screen.step else 0, screen.evaluations[-1].step if screen.evaluations else 0)
+
+
+def _pace(screen: Screen, started: Started, width: int, ascii_only: bool) -> Text:
+    step = screen.step
     if step is None:
-        return [grid, *([] if at else [Text("waiting for the first step", style="dim")])]
+        return _line([f"waiting for the {'next' if _at(screen) else 'first'} step"], width, "", "dim")
     left = screen.seconds_left(step)
     facts = [
         f"epoch {step.epoch:.2f} of {started.epochs:g}",
+        *([f"{words.duration(left)} left"] if left is not None else []),
         f"{step.samples_per_s:,.0f} samples/s",
         f"{step.tokens_per_s:,.0f} tokens/s",
-        *([f"{words.duration(left)} left"] if left is not None else []),
     ]
-    return [grid, Text((" - " if ascii_only else " · ").join(facts), style="dim")]
+    return _line(facts, width, _dot(ascii_only))
+
+
+def _now(screen: Screen, started: Started, width: int, ascii_only: bool) -> RenderableType:
+    """The stage, or the objective of the last step: one line, so that nothing above it moves when a look begins."""
+    if screen.stage:
+        return _stage(screen.stage, screen.spinners[ascii_only], width, ascii_only)
+    if not screen.step:
+        return Text()
+    value = screen.step.objective
+    choices = [
+        words.objective(value, started.method),
+        words.objective(value, "none"),
+        f"objective {words.number(value)} ({words.OBJECTIVE})",
+        f"objective {words.number(value)} (train mode)",
+    ]
+    spare = WIDEST_NUMBER - len(words.number(value))  # as if it were wide: the words must not change with the number
+    return _line([next((text for text in choices if len(text) + spare <= width), choices[-1])], width, "", "dim")
+
+
+def _told(evaluations: Sequence[Evaluated], width: int, table: bool) -> Text:
+    """What the last look's loss is made of; gap and best look where that is not known, or no table tells them."""
+    last, best = evaluations[-1], _best(evaluations)
+    parts = words.parts(last)
+    if not parts or not table:
+        gap = parts[0] if last.gap_interval else f"gap {words.number(last.gap.get('loss'))}"
+        parts = [gap]
+        parts += (
+            [f"best at step {best.step}", f"with validation loss {words.number(best.validation['loss'])}"]
+            if best
+            else []
+        )
+    return _line(parts, width, ", ")
+
+
+def _best(evaluations: Sequence[Evaluated]) -> Evaluated | None:
+    return next((event for event in reversed(evaluations) if event.best), None)
+
+
+def _line(facts: Sequence[str], width: int, between: str, style: str = "") -> Text:
+    """The facts on one line; where they are too many, the last ones are left out."""
+    while len(facts) > 1 and cell_len(between.join(facts)) > width:
+        facts = facts[:-1]
+    return Text(between.join(facts), style=style, no_wrap=True, overflow="crop")
+
+
+def _cut(text: str, width: int, ascii_only: bool) -> str:
+    """The beginning of a text that is too wide, and dots for the rest."""
+    if cell_len(text) <= width:
+        return text
+    dots = "..." if ascii_only else "…"
+    return set_cell_size(text, max(width - len(dots), 0)) + dots
+
+
+def _dot(ascii_only: bool) -> str:
+    return " - " if ascii_only else " · "
 
 
 def _chart(screen: Screen, width: int, height: int, ascii_only: bool) -> Sequence[RenderableType]:
     probe = [(event.step, event.train_probe["loss"]) for event in screen.evaluations]
     validation = [(event.step, event.validation["loss"]) for event in screen.evaluations]
-    best = next(((e.step, e.validation["loss"]) for e in reversed(screen.evaluations) if e.best), None)
+    best = _best(screen.evaluations)
     lines = [
         Series("probe loss", probe, PROBE, "p", dotted=True),
         Series("validation loss", validation, VALIDATION, "v"),
     ]
+    mark = (best.step, best.validation["loss"]) if best else None
     end = screen.started.total_steps if screen.started else None
-    return chart(lines, max(width, SMALLEST[0]), height, x_max=end, best=best, ascii_only=ascii_only)
+    return chart(lines, max(width, SMALLEST[0]), height, x_max=end, best=mark, ascii_only=ascii_only)
 
 
 def _evaluations(screen: Screen, width: int, rows: int) -> Table:
-    """The last evaluations, the best among them even if it is older. Narrow terminals lose the epoch, then a gap."""
-    metric = screen.started.metric if screen.started else None
+    """The last evaluations, the best among them even if it is older. Narrow terminals lose the epoch, then a gap.
+
+    No column is narrower than its widest number may become: none moves from look to look.
+    """
+    metric, steps = (screen.started.metric, screen.started.total_steps) if screen.started else (None, 0)
     has_metric = metric is not None and any(metric in event.validation for event in screen.evaluations)
-    columns = [("", "step", 6), ("", "epoch", 5), ("loss", "probe", 6), ("loss", "validation", 10), ("loss", "gap", 6)]
+    columns = [("", "step", max(4, len(str(steps)))), ("", "epoch", 5), *_sides("loss")]
     if has_metric and metric:
-        columns += [(metric, "probe", len(metric)), (metric, "validation", 10), (metric, "gap", len(metric))]
+        columns += _sides(metric)
     hidden, between = _hidden(columns, width)
     drawn = Table(box=None, padding=(0, between, 0, 0), pad_edge=False, header_style="dim")
-    for index, (above, name, _) in enumerate(columns):
+    for index, (above, name, size) in enumerate(columns):
         if index not in hidden:
-            drawn.add_column(Text(f"{above}\n{name}"), justify="right", no_wrap=True)
-    drawn.add_column("", no_wrap=True)
-    best = next((event for event in reversed(screen.evaluations) if event.best), None)
+            drawn.add_column(Text(f"{above}\n{name}"), justify="right", no_wrap=True, min_width=size)
+    drawn.add_column("", no_wrap=True, min_width=len("best"))
+    best = _best(screen.evaluations)
     for event in _shown(screen.evaluations, best, rows):
         cells = _cells(event, metric if has_metric else None)
         kept = [Text(cell) for index, cell in enumerate(cells) if index not in hidden]
@@ -215,9 +350,14 @@ def _parts(screen: Screen) -> list[RenderableType]:
     return [Text(), Text(", ".join(told), style="dim")] if told else []
 
 
+def _sides(name: str) -> list[tuple[str, str, int]]:
+    return [(name, side, max(size, len(name))) for side, size in (("probe", 8), ("validation", 10), ("gap", 9))]
+
+
 def _hidden(columns: Sequence[tuple[str, str, int]], width: int) -> tuple[set[int], int]:
     """Which columns to leave out so that the table fits, and the spaces between the others."""
-    choices: list[set[int]] = [set(), {1}, {1, len(columns) - 1}]
+    end = len(columns)
+    choices: list[set[int]] = [set(), {1}, {1, *range(7, end)}, {1, *range(5, end)}, {1, 2, *range(5, end)}]
     for hidden in choices:
         sizes = [size for n, (_, _, size) in enumerate(columns) if n not in hidden]
         for between in (3, 2, 1):
@@ -245,13 +385,18 @@ def _pairs(pairs: Sequence[tuple[str, str]]) -> Table:
 
 
 def _stage(stage: Stage, spinner: Spinner, width: int, ascii_only: bool) -> RenderableType:
+    """On one line, however long its text."""
     grid = Table.grid(padding=(0, 1))
     if stage.total is None:
         count = f"{stage.done:,}" if stage.done else ""
-        grid.add_row(spinner, Text(stage.text), Text(count, style="dim"))
+        text = _cut(stage.text, width - len(count) - 5, ascii_only)
+        grid.add_row(spinner, Text(text), Text(count, style="dim"))
         return grid
-    bar = ProgressBar(max(stage.total, 1), stage.done, width=max(8, min(30, width - len(stage.text) - 24)))
-    grid.add_row(spinner, Text(stage.text), bar, Text(f"{stage.done:,}/{stage.total:,}", style="dim"))
+    count = f"{stage.done:,}/{stage.total:,}"
+    text = _cut(stage.text, width - len(count) - 14, ascii_only)
+    room = max(8, min(30, width - cell_len(text) - 24))
+    bar = ProgressBar(max(stage.total, 1), stage.done, width=room, style="dim", complete_style=VALIDATION)
+    grid.add_row(spinner, Text(text), bar, Text(count, style="dim"))
     return grid
 
 

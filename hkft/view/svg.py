@@ -9,10 +9,11 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from hkft.view.scale import Points, bounds, runs, ticks
+from hkft.view.scale import Points, bounds, runs, tick_label, ticks
 
-WIDTH = 720
-LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 34  # margins, in the viewBox's units
+WIDTH, SMALL = 720, 360  # of a line chart: over the page, and of two side by side
+LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 34  # margins, in the viewBox's units; the left one of labels of three letters
+LETTER = 13  # what each letter beyond takes, on a phone
 SQUARE = 320  # width and height of a reliability diagram
 LARGEST, SMALLEST = 13.0, 2.5  # radius of its dots
 
@@ -49,34 +50,37 @@ def line_chart(
     title: str,
     description: str,
     best: tuple[float, float] | None = None,
+    end: float | None = None,
+    width: int = WIDTH,
     height: int = 280,
     bands: Sequence[Band] = (),
 ) -> Markup:
     """An `<svg>` of the lines over steps from 0, with axes, a title and a description for those who cannot see it.
 
-    best: a point to mark. bands: drawn below the lines. Values that are not finite are left out: lines and bands break
-    there.
+    best: a point to mark. end: the last step of the axis, where the lines may end before it. bands: drawn below the
+    lines. Values that are not finite are left out: lines and bands break there.
     """
     span = bounds([*(line.points for line in lines), *(band.side(which) for band in bands for which in (1, 2))])
-    head = _head(WIDTH, height, title, description)
+    head = _head(width, height, title, description, "wide" if width > SMALL else "small")
     if span is None:
         empty = Markup('<text x="{}" y="{}" class="label" text-anchor="middle">nothing was measured</text></svg>')
-        return head + empty.format(WIDTH // 2, height // 2)
+        return head + empty.format(width // 2, height // 2)
     marks = ticks(*span, 6)
-    end = max(x for line in lines for x, _ in line.points) or 1.0
-    steps = [mark for mark in ticks(0, end, 8) if mark <= end]
+    last = max([end or 0.0, *(x for line in lines for x, _ in line.points)]) or 1.0
+    steps = [mark for mark in ticks(0, last, width // 90) if mark <= last]
+    left, right = LEFT + LETTER * max(0, max(len(tick_label(mark)) for mark in marks) - 3), width - RIGHT
 
     def across(x: float) -> float:
-        return round(LEFT + x / end * (WIDTH - LEFT - RIGHT), 1)
+        return round(left + x / last * (right - left), 1)
 
     def down(y: float) -> float:
         return round(TOP + (marks[-1] - y) / (marks[-1] - marks[0]) * (height - TOP - BOTTOM), 1)
 
-    parts = [head, *_axes(marks, steps, across, down, height)]
+    parts = [head, *_axes(marks, steps, across, down, (left, right, height))]
     parts += [_band(band, across, down) for band in bands]
     parts += [_line(line, across, down) for line in lines]
     if best:
-        parts.append(_best(best, across, down, height))
+        parts.append(_best(best, across, down, width, height))
     return Markup("").join([*parts, Markup("</svg>")])
 
 
@@ -145,16 +149,19 @@ def _unit_axes(across: Place, down: Place) -> list[Markup]:
     return [*parts, label.format(across(0) + 8, down(1) + 16, "start", "accuracy")]
 
 
-def _axes(marks: Sequence[float], steps: Sequence[float], across: Place, down: Place, height: int) -> list[Markup]:
+def _axes(
+    marks: Sequence[float], steps: Sequence[float], across: Place, down: Place, edges: tuple[int, int, int]
+) -> list[Markup]:
     grid = Markup('<line x1="{}" x2="{}" y1="{}" y2="{}" class="{}"/>')
     label = Markup('<text x="{}" y="{}" class="label" text-anchor="{}">{}</text>')
     name = Markup('<text x="{}" y="{}" class="label step" text-anchor="middle">{}</text>')
+    left, right, height = edges
     parts = []
     for mark in marks:
         y, style = down(mark), "grid" if mark else "grid zero"
         parts += [
-            grid.format(LEFT, WIDTH - RIGHT, y, y, style),
-            label.format(LEFT - 8, round(y + 4, 1), "end", f"{mark:g}"),
+            grid.format(left, right, y, y, style),
+            label.format(left - 8, round(y + 4, 1), "end", tick_label(mark)),
         ]
     for step in steps:
         text = "step 0" if step == 0 else f"{step:g}"
@@ -183,9 +190,9 @@ def _line(line: Line, across: Place, down: Place) -> Markup:
     return Markup("").join(parts)
 
 
-def _best(best: tuple[float, float], across: Place, down: Place, height: int) -> Markup:
+def _best(best: tuple[float, float], across: Place, down: Place, width: int, height: int) -> Markup:
     x, y = across(best[0]), down(best[1])
-    anchor, side = ("end", -6) if x > WIDTH - 110 else ("start", 6)
+    anchor, side = ("end", -6) if x > width / 2 else ("start", 6)
     return Markup(
         '<line x1="{x}" x2="{x}" y1="{top}" y2="{bottom}" class="best-line"/>'
         '<circle cx="{x}" cy="{y}" r="5" class="best-dot"/>'

@@ -141,3 +141,15 @@ def test_on_a_terminal_the_curve_is_drawn(run):
             assert "validation loss" in text
             wide = [line for line in text.splitlines() if len(line) > width]
             assert all(line.startswith(("  hkft ", "next  ")) for line in wide)
+
+
+@pytest.mark.parametrize("losses", [[(1.0, float("nan")), *LOSSES[:4]], [(1.0, float("nan"))] * 3])
+def test_a_curve_with_losses_that_are_not_finite_is_drawn_too(hkft, losses):
+    from rich.console import Console
+
+    from hkft.diagnostics.diagnosis import diagnose
+    from hkft.view.diagnosis import show_diagnosis
+
+    console = Console(force_terminal=True, width=80, height=40, record=True, file=io.StringIO())
+    show_diagnosis(diagnose(state(losses)), "a run", console)
+    assert "confidence" in console.export_text()

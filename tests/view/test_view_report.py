@@ -1,3 +1,4 @@
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -412,6 +413,35 @@ def test_a_band_lies_between_its_edges_and_breaks_where_one_is_unknown():
     assert drawn.index("band gap") < drawn.index("line gap")  # the line is drawn over it
 
 
+@pytest.mark.parametrize("scale", [1.2e-5, 0.00123, 1.0, 123456.0, 1.2e9])
+def test_the_axis_has_the_room_that_its_labels_need(scale):
+    points = [(0.0, -0.3 * scale), (10.0, 0.4 * scale)]
+    drawn = line_chart([Line("gap", points, "gap")], title="gap", description="a gap")
+    labels = re.findall(r'<text x="([\d.]+)" y="[\d.]+" class="label" text-anchor="end">([^<]+)</text>', drawn)
+    assert len(labels) >= 4
+    for right, text in labels:
+        assert len(text) <= 7
+        digits = sum(letter not in ".-" for letter in text)
+        assert float(right) - 11.7 * digits - 6 * (len(text) - digits) >= -1  # 21px, as on a phone
+
+
+def test_the_axis_ends_where_it_is_told_to():
+    line = Line("gap", [(0.0, 0.0), (50.0, 1.0)], "gap", dots=False)
+    drawn = line_chart([line], title="gap", description="a gap", end=100)
+    assert 'd="M52.0 246.0 L378.0 14.0"' in drawn
+    assert ">100</text>" in drawn
+
+
+@pytest.mark.parametrize(("step", "anchor"), [(0, "start"), (4000, "start"), (7000, "end"), (10_000, "end")])
+def test_the_label_of_the_best_stays_inside_on_a_phone_too(step, anchor):
+    line = Line("loss", [(0.0, 1.0), (10_000.0, 2.0)], "validation")
+    drawn = line_chart([line], title="loss", description="a loss", best=(step, 1.5))
+    x, found = re.findall(r'<text x="([\d.]+)" y="30" class="label best" text-anchor="(\w+)"', drawn)[0]
+    wide = 11.7 * len(f"best, step {step}")  # 21px, as on a phone
+    assert found == anchor
+    assert 0 <= float(x) - (wide if anchor == "end" else 0) <= 720 - wide
+
+
 def test_a_reliability_diagram_has_the_diagonal_and_dots_by_their_rows():
     bins = [
         {"confidence": 0.5, "accuracy": 0.5, "count": 25},
@@ -431,6 +461,37 @@ def test_a_reliability_diagram_has_the_diagonal_and_dots_by_their_rows():
 @pytest.mark.parametrize(("share", "width"), [(0.5, "50.0"), (-1.0, "0.0"), (2.0, "100.0")])
 def test_a_meter_stays_within_its_bar(share, width):
     assert Page(str(meter(share))).all("rect")[1]["width"] == width
+
+
+def test_all_charts_over_steps_end_at_the_same_step(write, run, diagnosis):
+    curve = [as_record(event) for event in run if isinstance(event, Evaluated)]
+    known = {**diagnosis, "decomposition": diagnosis["decomposition"][:1]}  # known up to step 63
+    source = write(curve=curve[:3], diagnosis=known)  # looks up to step 189, the objective up to 378
+    wide = re.findall(r'<svg viewBox="0 0 720 .*?</svg>', source, re.DOTALL)
+    assert len(wide) == 5
+    assert all('text-anchor="middle">300</text>' in chart for chart in wide)
+
+
+def scored(curve: list[dict]) -> list[dict]:
+    for n, record in enumerate(curve):
+        scores = {"rouge_l": 30.0 + n, "ter": 70.0 - n} if n % 2 else {}
+        record["validation"] = {**record["validation"], "token_accuracy": 0.5, "perplexity": 2.0, **scores}
+    return curve
+
+
+def test_the_scores_of_written_texts_have_a_small_chart_each(write, run, summary):
+    curve = scored([as_record(event) for event in run if isinstance(event, Evaluated)])
+    decoder = {**summary, "task": "generation", "metric": "token_accuracy"}
+    page = Page(write(summary=decoder, curve=curve))
+    small = [svg["aria-label"] for svg in page.all("svg") if svg["class"] == "small"]
+    assert small == ["accuracy by step", "rouge_l by step", "ter by step"]
+    assert "rouge_l, higher is better" in page.text
+    assert "ter, lower is better" in page.text
+    assert "validation from 31.000 to 35.000" in page.text
+    chosen = Page(write(summary={**decoder, "metric": "rouge_l"}, curve=curve))
+    assert "rouge_l by step" not in [svg["aria-label"] for svg in chosen.all("svg") if svg["class"] == "small"]
+    assert sections(page) == sections(Page(write(curve=curve)))
+    assert "Scores of the written texts" not in write(curve=curve)
 
 
 def test_text_of_others_is_inert(write, summary, sites):

