@@ -1,22 +1,25 @@
 """What to do about a verdict: at most three next steps, each with its reason and, for a run of hkft's, its command.
 
-    healthy           merge it; look at the test rows, where there are any; else see whether it holds over seeds; where the
-                      gap is wide, more dropout
+    healthy           merge it; look at the test rows, where there are any; else see whether it holds over seeds; where
+                      the gap is wide, more dropout
     overfitting       keep the adapter of the best step; more dropout; stop early, or a lower rank
     loss-overfitting  choose by the metric; soften the labels; more dropout
     memorising        more dropout; a lower rank; fewer epochs
-    underfitting      a higher learning rate; more epochs; less dropout; where training went up, a lower learning rate
-    unclear           more evaluations; more seeds; where rows are too few, more validation rows; where nothing carries over
-                      to validation, more dropout, a lower rank
+    underfitting      a higher learning rate; more epochs; less dropout; where training went up, a lower learning rate;
+                      where the adapter hardly moved, a learning rate ten times as high
+    unclear           more evaluations; more seeds; where rows are too few, more validation rows; where nothing carries
+                      over to validation, more dropout, a lower rank; where training diverged, a lower learning rate
 
-More dropout is HiddenKey where there is none, else twice the rate up to 0.4; a lower rank is half of it. A command starts from
-the run's own recipe, so that nothing else changes.
+More dropout is HiddenKey where there is none, else twice the rate up to 0.4; a lower rank is half of it. A command
+starts from the run's own recipe, so that nothing else changes, and writes beside the run, to a folder named by what
+changes: whoever types it again is told that it is done.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 
 from hkft.diagnostics.verdict import ENOUGH, Verdict
 from hkft.recipe import Recipe
@@ -28,7 +31,7 @@ Advisor = Callable[[Verdict, Recipe | None, str | None], Step | None]  # of a ve
 
 
 def next_steps(found: Verdict, recipe: Recipe | None = None, run: str | None = None) -> list[Step]:
-    """The steps for a verdict. recipe and run: those of a run of hkft's; without them there are reasons and no commands."""
+    """The steps for a verdict. recipe and run: those of a run of hkft's; without them, reasons and no commands."""
     wanted = _CAUSES.get((found.name, found.cause), _STEPS[found.name])
     steps: list[Step | None] = [step(found, recipe, run) for step in wanted]
     return [step for step in steps if step is not None][:MOST]
@@ -38,11 +41,11 @@ def _keep_best(found: Verdict, recipe: Recipe | None, run: str | None) -> Step |
     if not found.since_step:  # it was best before training
         return None
     why = f"use the model as it was best, not as it ended (validation loss was lowest at step {found.since_step})"
-    return _step(why, run and f"hkft merge {shlex.quote(run)} --output merged")
+    return _step(why, run and _merged(run))
 
 
 def _merge(found: Verdict, recipe: Recipe | None, run: str | None) -> Step:
-    return _step("merge the adapter, and use it", run and f"hkft merge {shlex.quote(run)} --output merged")
+    return _step("merge the adapter, and use it", run and _merged(run))
 
 
 def _test(found: Verdict, recipe: Recipe | None, run: str | None) -> Step | None:
@@ -58,7 +61,7 @@ def _seeds(found: Verdict, recipe: Recipe | None, run: str | None) -> Step:
         return _step("one run is one draw: repeat it with other seeds")
     name = recipe.dropout.method
     methods = "none,hiddenkey" if name in (None, "none", "custom") else f"none,{name}"
-    return _step(why, f"hkft compare --recipe {_resolved(run)} --methods {methods} --seeds 3")
+    return _step(why, f"hkft compare --recipe {_resolved(run)} --methods {methods} --seeds 3 {_beside(run, 'seeds')}")
 
 
 def _more_dropout(found: Verdict, recipe: Recipe | None, run: str | None) -> Step | None:
@@ -138,17 +141,21 @@ def _epochs(why: str, times: float, recipe: Recipe | None, run: str | None) -> S
 
 
 def _higher_rate(found: Verdict, recipe: Recipe | None, run: str | None) -> Step | None:
-    why = "a learning rate three times as high"
-    if recipe is None:
-        return _step(why)
-    return _again(why, run, f"train.learning_rate={3 * float(recipe.train['learning_rate']):.3g}")
+    return _rate("a learning rate three times as high", 3.0, recipe, run)
+
+
+def _much_higher_rate(found: Verdict, recipe: Recipe | None, run: str | None) -> Step | None:
+    return _rate("the adapter hardly moved: a learning rate ten times as high", 10.0, recipe, run)
 
 
 def _lower_rate(found: Verdict, recipe: Recipe | None, run: str | None) -> Step | None:
-    why = "a learning rate a tenth as high"
+    return _rate("a learning rate a tenth as high", 0.1, recipe, run)
+
+
+def _rate(why: str, times: float, recipe: Recipe | None, run: str | None) -> Step:
     if recipe is None:
         return _step(why)
-    return _again(why, run, f"train.learning_rate={float(recipe.train['learning_rate']) / 10:.3g}")
+    return _again(why, run, f"train.learning_rate={times * float(recipe.train['learning_rate']):.3g}")
 
 
 def _more_rows(found: Verdict, recipe: Recipe | None, run: str | None) -> Step | None:
@@ -171,12 +178,25 @@ def _more_evaluations(found: Verdict, recipe: Recipe | None, run: str | None) ->
 
 
 def _again(why: str, run: str | None, *settings: str) -> Step:
+    if run is None:
+        return _step(why)
     told = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
-    return _step(why, run and f"hkft train --recipe {_resolved(run)} {told}")
+    changed = settings[0].partition(".")[2]
+    return _step(why, f"hkft train --recipe {_resolved(run)} {told} {_beside(run, changed.replace('=', '-'))}")
 
 
 def _resolved(run: str) -> str:
     return shlex.quote(f"{run}/resolved.yaml")
+
+
+def _merged(run: str) -> str:
+    return f"hkft merge {shlex.quote(run)} {_beside(run, 'merged')}"
+
+
+def _beside(run: str, what: str) -> str:
+    """The option for a folder beside the run. A run that is named `.` or `..` has its name from its place."""
+    place = Path(run) if Path(run).name not in ("", "..") else Path(run).resolve()
+    return f"--output {shlex.quote(f'{place}-{what}')}"
 
 
 def _step(why: str, command: str | None = None) -> Step:
@@ -194,6 +214,8 @@ _STEPS: dict[str, list[Advisor]] = {
 _CAUSES: dict[tuple[str, str | None], list[Advisor]] = {
     ("healthy", "gap"): [_merge, _more_dropout, _seeds],
     ("underfitting", "rate"): [_lower_rate, _seeds],
+    ("underfitting", "still"): [_much_higher_rate],
+    ("unclear", "rate"): [_lower_rate],
     ("unclear", "rows"): [_more_rows, _seeds],
     ("unclear", "nothing"): [_more_dropout, _lower_rank, _seeds],
 }

@@ -10,6 +10,9 @@ validation  eval_loss, val_loss, ... or of several evaluation sets (`eval_<set>_
 train       the mean of the training losses logged since the evaluation before. An evaluation before the first of them
             is left out; where nothing was logged since the evaluation before, the last mean stands.
 
+A loss that is not finite is NaN in the curve: training diverged there. A NaN next to the row's other loss is how some
+tables write a blank. What is no number is left out, and told; what may be read in two ways is an error.
+
 Evaluations after the end of training (transformers logs a summary there) count only where there are no others: the
 model may by then be the best checkpoint again, and the rows may be others.
 """
@@ -23,7 +26,7 @@ import json
 import math
 import re
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -33,21 +36,22 @@ from hkft.diagnostics.curve import Point
 from hkft.diagnostics.gap import LOWER_IS_BETTER
 from hkft.errors import DataError, UsageError
 
-Row = Mapping[str, Any]
-
+# As `_usual` has names: train_loss is also "Train Loss", "train/loss" and "sunny-sea-1 - train/loss".
 STEPS = (
     *("step", "global_step", "current_steps", "current_step", "iter", "iteration"),
-    *("trainer/global_step", "train/global_step", "_step"),
+    *("trainer_global_step", "train_global_step", "_step"),
 )
-TRAIN = ("train_loss", "loss", "train/loss", "training_loss", "train_loss_step", "train_loss_epoch")
-VALIDATION = (
-    *("eval_loss", "val_loss", "valid_loss", "validation_loss", "eval/loss", "val/loss", "valid/loss"),
-    *("validation/loss", "val_loss_epoch"),
-)
+TRAIN = ("train_loss", "loss", "training_loss", "train_loss_step", "train_loss_epoch")
+VALIDATION = ("eval_loss", "val_loss", "valid_loss", "validation_loss", "val_loss_epoch")
 ONE_OF_SEVERAL = re.compile(r"eval[_/](.+)[_/]loss", re.IGNORECASE)
 OURS = re.compile(r"eval_(train_probe|gap|net_gain|regret|regularisation)_")  # hkft's own logs: no evaluation sets
-TEST = ("test_loss", "test/loss")
+TEST = ("test_loss",)
+LOSSES = (*TRAIN, *VALIDATION, *TEST)
 SUMMARY = "train_runtime"
+
+WITH_POINT = re.compile(r"[+-]?\d*\.\d+(e[+-]?\d+)?", re.IGNORECASE)
+WITH_COMMA = re.compile(r"[+-]?\d*,\d+(e[+-]?\d+)?", re.IGNORECASE)
+GROUPED = re.compile(r"[+-]?\d[\d.,]*,[\d.,]*(e[+-]?\d+)?", re.IGNORECASE)  # or with a comma for a point
 
 # What a task's metric is called, where higher is better; of any other name it is not known which way is better.
 HIGHER_IS_BETTER = tuple(
@@ -56,7 +60,8 @@ HIGHER_IS_BETTER = tuple(
 )
 OF_DECISIONS = LOWER_IS_BETTER - {"loss", "perplexity", "calibration_error", "brier"}  # these tell the loss once more
 NO_METRIC = re.compile(
-    r"loss|(^|_)(run)?times?(_|$)|took|per_sec|_s$|throughput|tokens$|memory|(^|_)mem_|step|epoch|(^|_)lr$|learning_rate|grad_norm",
+    r"loss|(^|_)(run)?times?(_|$)|took|per_sec|_s$|throughput|tokens$|memory|(^|_)mem_"
+    r"|step|epoch|(^|_)lr$|learning_rate|grad_norm|__m(in|ax)$",
     re.IGNORECASE,
 )
 
@@ -69,6 +74,8 @@ NO_VALIDATION = (
     'training without validation cannot be diagnosed: train with eval_strategy="steps" and an eval dataset, or with '
     "what your tool calls these"
 )
+ONE_BY_ONE = "curves exported one by one, as TensorBoard and W&B do, go in one table: step, train_loss, eval_loss"
+BLANKS = ("", "nan", "null", "none")
 HUGE = 1e100  # a number beyond it is as good as infinite, and its square would be
 LARGEST_STEP = 2**53
 
@@ -77,7 +84,8 @@ LARGEST_STEP = 2**53
 class Foreign:
     """A curve of another tool.
 
-    curve: one point per evaluation, by step, none in eval mode; metrics under names without "eval_".
+    curve: one point per evaluation, by step, none in eval mode; metrics under names without "eval_". A loss that is not
+        finite is NaN.
     metric: the one it is best told by, if every point has one whose better direction is known.
     source: what it was read as, for people.
     notes: what the reader should know of it.
@@ -87,6 +95,14 @@ class Foreign:
     metric: str | None
     source: str
     notes: tuple[str, ...]
+
+
+class Row(dict[str, Any]):
+    """What was logged at once, by name. place: where in the file, as in "on line 7"."""
+
+    def __init__(self, place: str, values: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> None:
+        super().__init__(values)
+        self.place = place
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +128,7 @@ def read(path: str | Path) -> Foreign:
     text, where = _text(path), str(path)
     rows, source = _rows(text, where)
     columns = _columns([row for row in rows if not _is_summary(row)], where, notes)
+    _tell_unread(rows, columns, notes)
     trained = _while_training(rows, columns, notes)
     curve = _points(_numbered(trained, columns, notes), columns, where, notes)
     return Foreign(curve, _metric(curve), source, (LEARNING, *notes))
@@ -184,7 +201,7 @@ def _rows(text: str, where: str) -> tuple[list[Row], str]:
     if text.lstrip().startswith(("{", "[")):
         return _json_rows(text, where)
     if re.match(r"\s*Step \d+ \|", text):
-        return [_torchtune(line) for line in text.split("\n")], "torchtune's log"
+        return [_torchtune(number, line) for number, line in enumerate(text.split("\n"), 1)], "torchtune's log"
     return _delimited(text, where)
 
 
@@ -234,18 +251,25 @@ def _broken(error: json.JSONDecodeError, where: str, line: int) -> DataError:
         f"this is broken JSON: {error.msg}",
         where=f"{where}:{line}:{error.colno}",
         found=found or "the end of the line",
-        hint="the file may be cut short, as while it is being written",
+        hint="JSON has double quotes; what a trainer prints is no JSON, but it writes the same to a trainer_state.json"
+        if found.startswith("'")
+        else "the file may be cut short, as while it is being written",
     )
 
 
 def _objects(items: Iterable[Any]) -> list[Row]:
-    return [{_plain(name, 80): value for name, value in item.items()} for item in items if isinstance(item, Mapping)]
+    return [
+        Row(f"in entry {number}", ((_plain(name, 80), value) for name, value in item.items()))
+        for number, item in enumerate(items, 1)
+        if isinstance(item, Mapping)
+    ]
 
 
-def _torchtune(line: str) -> Row:
+def _torchtune(number: int, line: str) -> Row:
     """A line of its DiskLogger: `Step 10 | loss:0.81 lr:0.0002 tokens_per_second_per_gpu:9.7`."""
     match = re.match(r"\s*Step (\d{1,16}) \|(.*)", line)
-    return {"step": match[1], **dict(re.findall(r"([^\s:]+):(\S+)", match[2]))} if match else {}
+    pairs = [("step", match[1]), *re.findall(r"([^\s:]+):(\S+)", match[2])] if match else []
+    return Row(f"on line {number}", pairs)
 
 
 def _delimited(text: str, where: str) -> tuple[list[Row], str]:
@@ -253,14 +277,44 @@ def _delimited(text: str, where: str) -> tuple[list[Row], str]:
     delimiter = max(",\t;", key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
-        lines = [line for line in reader if any(map(str.strip, line))]
+        lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader if any(map(str.strip, line))]
     except csv.Error as error:
         raise DataError(
             "this table cannot be read", where=f"{where}:{reader.line_num}", found=str(error), allowed=READ
         ) from None
-    names = [_plain(name.strip(), 80) for name in (lines[0] if lines else [])]
-    rows: list[Row] = [dict(zip(names, line, strict=False)) for line in lines[1:]]
-    return rows or [dict.fromkeys(names)], "a tsv table" if delimiter == "\t" else "a csv table"
+    names = [_plain(name, 80) for name in (lines[0][1] if lines else [])]
+    cells = [cell for _, line in lines[1:] for cell in line]
+    source = "a tsv table" if delimiter == "\t" else "a csv table"
+    if any(map(WITH_COMMA.fullmatch, cells)) and not any(map(WITH_POINT.fullmatch, cells)):
+        source += " with decimal commas"
+        lines = [
+            (n, [cell.replace(",", ".") if WITH_COMMA.fullmatch(cell) else cell for cell in line]) for n, line in lines
+        ]
+    for number, line in lines[1:]:
+        _check_cells(names, line, f"{where}:{number}")
+    rows = [Row(f"on line {number}", zip(names, line, strict=False)) for number, line in lines[1:]]
+    return rows or [Row("", dict.fromkeys(names))], source
+
+
+def _check_cells(names: Sequence[str], cells: Sequence[str], where: str) -> None:
+    """Raise DataError where this line of a table of losses may be read in two ways."""
+    if not _first(LOSSES, names):
+        return
+    if any(cells[len(names) :]):
+        raise DataError(
+            f"this line has {len(cells)} cells, and the header {len(names)}",
+            where=where,
+            found=_list(cells),
+            hint="where numbers have decimal commas, part the cells by semicolons or tabs",
+        )
+    for name, cell in zip(names, cells, strict=False):
+        if _usual(name) in (*STEPS, *LOSSES, "epoch") and GROUPED.fullmatch(cell):
+            raise DataError(
+                "this comma may be a decimal comma, or part thousands: other numbers have a point",
+                where=where,
+                found=f"{_plain(cell, 40)} under {name}",
+                hint="write every number with a decimal point, and nothing between thousands",
+            )
 
 
 def _is_summary(row: Row) -> bool:
@@ -269,47 +323,79 @@ def _is_summary(row: Row) -> bool:
 
 def _columns(rows: Sequence[Row], where: str, notes: list[str]) -> _Columns:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    numbered = [name for name in names if any(_number(row.get(name)) is not None for row in rows)]
+    finite = [name for name in names if any(_number(row.get(name)) is not None for row in rows)]
     stepped = [name for name in names if any(_step(row.get(name)) is not None for row in rows)]
-    train = _first(TRAIN, numbered)
-    several = sorted((n for n in numbered if ONE_OF_SEVERAL.fullmatch(n) and not OURS.match(n)), key=str.lower)
-    validation = _first(VALIDATION, numbered) or next(iter(several), None) or _first(TEST, numbered)
+    bare = [row for row in rows if not any(_usual(name) in LOSSES and _number(row[name]) is not None for name in row)]
+    lost = [name for name in names if any(_float(row.get(name)) is not None for row in bare)]
+    _check_one_run([*finite, *lost], where)
+    several = sorted((n for n in finite if ONE_OF_SEVERAL.fullmatch(n) and not OURS.match(n)), key=str.lower)
+    train = _first(TRAIN, finite) or _first(TRAIN, lost)
+    test = _first(TEST, finite)
+    validation = _first(VALIDATION, finite) or next(iter(several), None) or test or _first(VALIDATION, lost)
+    step, epoch = _first(STEPS, stepped), _first(("epoch",), finite)
+    if train is None or validation is None or not (step or epoch):
+        raise _incomplete(rows, names, train, validation, where)
     if validation in several and len(several) > 1:
         notes.append(f"of several evaluation sets, {validation} is read; the others are {_list(several[1:])}")
-    if validation and validation.lower() in TEST:
+    if validation == test:
         notes.append(f"{validation} is read as the validation loss: there is no other")
-    step, epoch = _first(STEPS, stepped), _first(("epoch",), numbered)
-    if train is None or validation is None or not (step or epoch):
-        raise _incomplete(names, train, validation, where)
-    return _Columns(step, epoch, train, validation, _metric_columns(numbered, validation, several))
+    return _Columns(step, epoch, train, validation, _metric_columns(finite, validation, several))
+
+
+def _check_one_run(names: Sequence[str], where: str) -> None:
+    runs = list(dict.fromkeys(name.rpartition(" - ")[0] for name in names if _usual(name) in LOSSES))
+    if len(runs) > 1:
+        hint = "keep the columns of one run"
+        raise DataError("several runs are in this table", where=where, found=_list(runs), hint=hint)
 
 
 def _first(wanted: Sequence[str], names: Sequence[str]) -> str | None:
-    by_lower = {re.sub(r"\s+", "_", name.strip().lower()): name for name in reversed(names)}
-    return next((by_lower[name] for name in wanted if name in by_lower), None)
+    by_usual = {_usual(name): name for name in reversed(names)}
+    return next((by_usual[name] for name in wanted if name in by_usual), None)
 
 
-def _incomplete(names: Sequence[str], train: str | None, validation: str | None, where: str) -> DataError:
+def _usual(name: str) -> str:
+    """A name as the lists above have it; W&B writes that of the run before it."""
+    return re.sub(r"[\s/]+", "_", name.rpartition(" - ")[2].strip().lower())
+
+
+def _incomplete(
+    rows: Sequence[Row], names: Sequence[str], train: str | None, validation: str | None, where: str
+) -> DataError:
     found = _list(names) or "nothing that has a name"
-    if train is None and validation is None and not _first((*TRAIN, *VALIDATION, *TEST), names):
-        return DataError("no training curve is in this file", where=where, found=found, allowed=READ)
-    if validation is None:
-        empty = _first((*VALIDATION, *TEST), names)
-        found = f"{empty} is there, but never a finite number" if empty else found
-        allowed = "eval_loss, val_loss, validation_loss and the like"
-        return DataError("no evaluation is in this file", where=where, found=found, allowed=allowed, hint=NO_VALIDATION)
-    if train is None:
-        empty = _first(TRAIN, names)
-        return DataError(
-            "no training loss is in this file",
-            where=where,
-            found=f"{empty} is there, but never a finite number" if empty else found,
-            allowed="loss, train_loss, training_loss and the like",
-            hint="log it at least as often as you evaluate: logging_steps in transformers",
+    hint = ONE_BY_ONE if any(" - " in name or _usual(name) == "value" for name in names) else None
+    if not _first(LOSSES, names) and validation is None:
+        return DataError("no training curve is in this file", where=where, found=found, allowed=READ, hint=hint)
+    if empty := _first((*VALIDATION, *TEST) if validation is None else () if train else TRAIN, names):
+        found = f"{empty} is there, but never a finite number" + "".join(
+            f": {each}" for each in _unread(rows, empty, _float)[:1]
         )
-    return DataError(
-        "no steps are in this file", where=where, found=found, allowed=f"{', '.join(STEPS)}, or at least epoch"
-    )
+    if validation is None:
+        allowed = "eval_loss, val_loss, validation_loss and the like"
+        hint = hint or NO_VALIDATION
+        return DataError("no evaluation is in this file", where=where, found=found, allowed=allowed, hint=hint)
+    if train is None:
+        allowed = "loss, train_loss, training_loss and the like"
+        hint = hint or "log it at least as often as you evaluate: logging_steps in transformers"
+        return DataError("no training loss is in this file", where=where, found=found, allowed=allowed, hint=hint)
+    allowed = f"{', '.join(STEPS)}, or at least epoch"
+    return DataError("no steps are in this file", where=where, found=found, allowed=allowed)
+
+
+def _tell_unread(rows: Sequence[Row], columns: _Columns, notes: list[str]) -> None:
+    """A note for each column that holds what is no number."""
+    for name in (columns.step or columns.epoch, columns.train, columns.validation, *columns.metrics):
+        if name and (unread := _unread(rows, name, _step if name == columns.step else _float)):
+            notes.append(f"{_counted(len(unread), 'value')} of {name} could not be read, the first {unread[0]}")
+
+
+def _unread(rows: Sequence[Row], name: str, read: Callable[[Any], float | None]) -> list[str]:
+    """Where each value stands that is neither a number nor a blank, and what it is."""
+    return [
+        f"{row.place}: {_plain(repr(value), 40) if isinstance(value, str | int | float) else 'no single value'}"
+        for row in rows
+        if (value := row.get(name)) is not None and str(value).strip().lower() not in BLANKS and read(value) is None
+    ]
 
 
 def _metric_columns(names: Sequence[str], validation: str, several: Sequence[str]) -> dict[str, str]:
@@ -325,19 +411,30 @@ def _prefix(loss: str) -> str:
     return loss.lower().rsplit("loss", 1)[0]
 
 
+def _losses(row: Row, columns: _Columns) -> tuple[float | None, float | None]:
+    """Training and validation loss of a row, where it has them; NaN where one is not finite."""
+    read = [_float(row.get(name)) for name in (columns.train, columns.validation)]
+    blank = any(loss is not None and _is_finite(loss) for loss in read)
+    train, validation = (
+        None if loss is None or (blank and math.isnan(loss)) else loss if _is_finite(loss) else math.nan
+        for loss in read
+    )
+    return train, validation
+
+
 def _while_training(rows: Sequence[Row], columns: _Columns, notes: list[str]) -> list[Row]:
     """The rows without summaries, and without evaluations after the end, unless there are no others."""
     kept: list[Row] = []
     late: list[Row] = []
     ended = False
     for row in rows:
-        learning = not _is_summary(row) and _number(row.get(columns.train)) is not None
+        learning = not _is_summary(row) and _losses(row, columns)[0] is not None
         ended = not learning and (ended or _is_summary(row))
         if not _is_summary(row):
             (late if ended else kept).append(row)
 
-    count = sum(_number(row.get(columns.validation)) is not None for row in late)
-    if not any(_number(row.get(columns.validation)) is not None for row in kept):
+    count, others = (sum(_losses(row, columns)[1] is not None for row in part) for part in (late, kept))
+    if not others:
         return kept + late
     if count:
         notes.append(
@@ -348,20 +445,23 @@ def _while_training(rows: Sequence[Row], columns: _Columns, notes: list[str]) ->
 
 
 def _numbered(rows: Sequence[Row], columns: _Columns, notes: list[str]) -> list[tuple[int, Row]]:
-    """Each row with its step; rows without one are left out."""
+    """Each row with its step; rows without one are left out, and told where they have a loss."""
     step, epoch = columns.step, columns.epoch
     if step and not _restarts(rows, step, epoch):
         steps = [_step(row.get(step)) for row in rows]
-        return [(number, row) for number, row in zip(steps, rows, strict=True) if number is not None]
-    if step:
-        notes.append(f"{step} starts anew at each epoch: the steps are numbered 1 to n")
     else:
-        notes.append("there are no steps, only epochs: the steps are the epochs logged, numbered 1 to n")
-    names = [name for name in (epoch, step) if name]
-    places = [tuple(_number(row.get(name)) for name in names) for row in rows]
-    keyed = [(place, row) for place, row in zip(places, rows, strict=True) if None not in place]
-    numbers = {place: number for number, place in enumerate(sorted({place for place, _ in keyed}), 1)}
-    return [(numbers[place], row) for place, row in keyed]
+        if step:
+            notes.append(f"{step} starts anew at each epoch: the steps are numbered 1 to n")
+        else:
+            notes.append("there are no steps, only epochs: the steps are the epochs logged, numbered 1 to n")
+        names = [name for name in (epoch, step) if name]
+        places = [tuple(_number(row.get(name)) for name in names) for row in rows]
+        whole = sorted({place for place in places if None not in place})
+        steps = [{place: number for number, place in enumerate(whole, 1)}.get(place) for place in places]
+    pairs = list(zip(steps, rows, strict=True))
+    if missing := sum(number is None and _losses(row, columns) != (None, None) for number, row in pairs):
+        notes.append(f"{_counted(missing, 'row')} with a loss but without a step left out")
+    return [(number, row) for number, row in pairs if number is not None]
 
 
 def _restarts(rows: Sequence[Row], step: str, epoch: str | None) -> bool:
@@ -376,8 +476,8 @@ def _restarts(rows: Sequence[Row], step: str, epoch: str | None) -> bool:
 
 
 def _points(rows: Sequence[tuple[int, Row]], columns: _Columns, where: str, notes: list[str]) -> list[Point]:
-    train = _by_step(rows, columns.train)
-    validation = _by_step(rows, columns.validation)
+    losses = [(step, _losses(row, columns)) for step, row in rows]
+    train, validation = (_by_step((step, pair[side]) for step, pair in losses) for side in (0, 1))
     metrics: dict[int, dict[str, float]] = {}
     for step, row in rows:
         values = {short: _number(row.get(name)) for name, short in columns.metrics.items()}
@@ -392,7 +492,7 @@ def _points(rows: Sequence[tuple[int, Row]], columns: _Columns, where: str, note
         since = [train[at] for at in logged[begun:done]]
         averaged += len(since) > 1
         waiting += mean is not None and not since
-        mean = sum(loss / len(since) for loss in since) if since else mean
+        mean = _mean(since) if since else mean
         if mean is None:
             early += 1
         else:
@@ -413,25 +513,30 @@ def _points(rows: Sequence[tuple[int, Row]], columns: _Columns, where: str, note
         notes.append(
             f"{_counted(waiting, 'evaluation')} with no training loss logged since the one before: the last stands"
         )
-    if lost := sum(_is_lost(row, columns) for _, row in rows):
-        notes.append(f"{_counted(lost, 'loss', 'losses')} left out, not finite: training may have diverged there")
+    if lost := [step for side in (train, validation) for step, loss in side.items() if math.isnan(loss)]:
+        are = "loss is" if len(lost) == 1 else "losses are"
+        notes.append(f"{len(lost)} {are} not finite, the first at step {min(lost)}: training may have diverged there")
     return points
 
 
-def _by_step(rows: Sequence[tuple[int, Row]], column: str) -> dict[int, float]:
-    numbers = [(step, _number(row.get(column))) for step, row in rows]
-    return {step: number for step, number in numbers if number is not None}
+def _by_step(losses: Iterable[tuple[int, float | None]]) -> dict[int, float]:
+    """The last loss of each step; a finite one goes before others, for a NaN may be a blank."""
+    found: dict[int, float] = {}
+    for step, loss in losses:
+        if loss is not None and (step not in found or not math.isnan(loss)):
+            found[step] = loss
+    return found
 
 
-def _is_lost(row: Row, columns: _Columns) -> bool:
-    """Whether the row's only loss is not finite; next to another loss, a NaN is how some tables write a blank."""
-    losses = [_float(row.get(name)) for name in (columns.train, columns.validation)]
-    given = [loss for loss in losses if loss is not None]
-    return bool(given) and not any(map(_is_finite, given))
+def _mean(losses: Sequence[float]) -> float:
+    """Of those that are finite: a single overflow is no divergence. NaN where the last is."""
+    finite = [loss for loss in losses if not math.isnan(loss)]
+    return math.nan if math.isnan(losses[-1]) else sum(loss / len(finite) for loss in finite)
 
 
 def _metric(curve: Sequence[Point]) -> str | None:
     """The task metric that every point has: by its whole name, else by a word in it, else an error such as mse."""
+    curve = [point for point in curve if not math.isnan(point.validation_loss)] or curve
     names = [name for name in curve[0].metrics if all(name in point.metrics for point in curve)]
     words = {name: set(re.split(r"[^a-z0-9]+", name.lower())) for name in names}
     whole = (name for word in HIGHER_IS_BETTER for name in names if name.lower() == word)
@@ -465,8 +570,8 @@ def _float(value: Any) -> float | None:
         return math.inf
 
 
-def _counted(count: int, one: str, many: str | None = None) -> str:
-    return f"{count} {one if count == 1 else many or one + 's'}"
+def _counted(count: int, one: str) -> str:
+    return f"{count} {one if count == 1 else one + 's'}"
 
 
 def _steps(losses: Iterable[int]) -> str:

@@ -81,7 +81,7 @@ def rise_p(looks: Sequence[Losses], seed: int = 0) -> float | None:
     if rows < 2:
         return None
     measured = np.array([look.mean for look in looks])
-    drawn = np.stack(_means(looks, _draws(rows), np.random.default_rng(seed)), axis=1)
+    drawn = _means(looks, _draws(rows), np.random.default_rng(seed)).T
     level = isotonic_regression(measured, increasing=False).x
     risen = np.array([rise(curve) for curve in level + _wider(rows) * (drawn - measured)])
     return float((1 + (risen >= rise(measured)).sum()) / (1 + len(risen)))

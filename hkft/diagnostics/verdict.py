@@ -67,6 +67,7 @@ MATERIAL = 0.05  # of the level
 NOISE_FLOOR = 0.02  # of the level
 NEAR_ZERO = 0.1  # of the lowest validation loss
 WIDE = 0.25  # of the larger of the first losses
+STILL = 1e-3  # of the first train loss
 SIGNIFICANT = 0.05
 LUCK = 0.025  # the p of a rise of so many rows: one side of an interval of 95 %
 UNCERTAIN = 0.5  # of the validation loss: the width of the gap's interval
@@ -79,8 +80,9 @@ class Verdict:
     since_step: overfitting and loss-overfitting: the step where validation loss was lowest, the turn. Memorising: the
         first evaluation from which on it holds. Otherwise None.
     text: one plain sentence with the numbers.
-    cause: what stands behind it, for `advice`: "rate" (training went up instead of down), "rows" (too few to tell),
-        "nothing" (nothing of what was learned carries over), "gap" (healthy, but for a wide gap); else None.
+    cause: what stands behind it, for `advice`: "rate" (training went up instead of down), "still" (it hardly moved), "rows"
+        (too few to tell), "nothing" (nothing of what was learned carries over), "gap" (healthy, but for a wide gap); else
+        None.
     """
 
     name: Name
@@ -101,7 +103,8 @@ def verdict(curve: Sequence[Point], *, metric: str | None = None) -> Verdict:
     """
     finite = [point for point in curve if math.isfinite(point.train_loss) and math.isfinite(point.validation_loss)]
     if not finite:
-        return Verdict("unclear", None, "low", "Unclear: there is no evaluation with a finite loss on both sides.")
+        text = "Unclear: there is no evaluation with a finite loss on both sides."
+        return Verdict("unclear", None, "low", text, "rate" if curve else None)
     finite.sort(key=lambda point: point.step)
     if finite[-1].step < max(point.step for point in curve):
         return _diverged(finite[-1])
@@ -323,8 +326,11 @@ def _underfitting(shape: _Shape) -> Verdict:
     wild = shape.train[worst] >= (1 + MATERIAL) * shape.train[0]
     if wild:
         text += f" It went up to {show(shape.train[worst])} on the way: the learning rate is probably too high."
+    still = np.ptp(shape.train) <= STILL * abs(shape.train[0])
+    if still:
+        text += " It hardly moved: the learning rate is probably far too low."
     sure = bool(rises) or _rising(-shape.train) > 0.2
-    return Verdict("underfitting", None, shape.confidence(sure), text, "rate" if wild else None)
+    return Verdict("underfitting", None, shape.confidence(sure), text, "rate" if wild else "still" if still else None)
 
 
 def _unstable(shape: _Shape) -> Verdict:

@@ -42,8 +42,9 @@ class Recipe(Schema):
 
     @property
     def name(self) -> str:
-        """The file's name without its ending."""
-        return self._origin.path.stem
+        """The file's name without its ending; of a run's resolved.yaml, the run's."""
+        path = self._origin.path
+        return path.resolve().parent.name if path.name == "resolved.yaml" else path.stem
 
     @property
     def path(self) -> Path:

@@ -21,7 +21,8 @@ SETTINGS = (
 
 
 def told(name: str) -> Verdict:
-    return Verdict(name, 126 if "fitting" in name or name == "memorising" else None, "high", "So it is.")  # type: ignore[arg-type]
+    turn = 126 if "fitting" in name or name == "memorising" else None
+    return Verdict(name, turn, "high", "So it is.")  # type: ignore[arg-type]
 
 
 def changed(recipe: Recipe, command: str) -> dict[str, object]:
@@ -90,6 +91,8 @@ def test_what_is_changed(recipe_file, name, settings, expected):
     ("name", "cause", "settings", "expected"),
     [
         ("underfitting", "rate", [], {"train.learning_rate": "0.001"}),
+        ("underfitting", "still", ["train.learning_rate=1e-8"], {"train.learning_rate": "1.0e-07"}),
+        ("unclear", "rate", [], {"train.learning_rate": "0.001"}),
         ("unclear", "rows", [], {"data.validation": "0.5"}),
         ("unclear", "nothing", ["dropout.method=none"], {"dropout.method": "hiddenkey"}),
         ("healthy", "gap", [], {"dropout.rate": "0.2"}),
@@ -110,3 +113,41 @@ def test_what_was_best_before_training_is_not_merged(recipe_file):
 def test_test_rows_are_asked_where_there_are_any(recipe_file, reviews):
     steps = next_steps(told("healthy"), load(recipe_file, [f"data.test={reviews}"]), "r")
     assert "hkft eval r --split test" in [step["command"] for step in steps]
+
+
+def test_where_nothing_moved_only_a_much_higher_rate_is_worth_a_run(recipe_file):
+    found = replace(told("underfitting"), cause="still")
+    assert next_steps(found, load(recipe_file, ["train.learning_rate=1e-8"]), "r") == [
+        {
+            "why": "the adapter hardly moved: a learning rate ten times as high",
+            "command": "hkft train --recipe r/resolved.yaml --set train.learning_rate=1e-07 "
+            "--output r-learning_rate-1e-07",
+        }
+    ]
+    assert [step["command"] for step in next_steps(found)] == [None]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_command_writes_lies_beside_the_run_and_is_named_by_what_it_does(recipe_file, name, settings):
+    outputs = []
+    for step in next_steps(told(name), load(recipe_file, settings), "runs/my run"):
+        words = shlex.split(step["command"] or "")
+        if words[1] == "merge":
+            assert words[2:] == ["runs/my run", "--output", "runs/my run-merged"]
+        elif words[1] == "compare":
+            assert words[-2:] == ["--output", "runs/my run-seeds"]
+        elif words[1] == "train":
+            key, _, value = words[words.index("--set") + 1].partition("=")
+            assert words[-2:] == ["--output", f"runs/my run-{key.partition('.')[2]}-{value}"]
+        outputs.append(words[-1])
+    assert len(set(outputs)) == len(outputs)
+
+
+@pytest.mark.parametrize("run", [".", "../run", "../run/."])
+def test_a_run_without_a_name_of_its_own_has_that_of_its_folder(recipe_file, tmp_path, monkeypatch, run):
+    place = tmp_path / "run"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    command = next_steps(told("healthy"), load(recipe_file), run)[0]["command"] or ""
+    assert (place / shlex.split(command)[-1]).resolve() == tmp_path / "run-merged"

@@ -87,6 +87,11 @@ def losses(foreign: Foreign) -> list[tuple[int, float, float]]:
     return [(point.step, point.train_loss, point.validation_loss) for point in foreign.curve]
 
 
+def as_text(foreign: Foreign) -> str:
+    """`losses`, to be compared although NaN is not NaN."""
+    return " ".join(map(str, losses(foreign)))
+
+
 def refusal(path: Path, kind: type[HkftError] = DataError) -> str:
     with pytest.raises(kind) as caught:
         read(path)
@@ -200,16 +205,36 @@ class TestTrainerState:
             "2 evaluations with no training loss logged since the one before: the last stands",
         )
 
-    def test_losses_that_are_not_finite_are_left_out_and_counted(self, written):
+    def test_losses_that_are_not_finite_stay_in_the_curve_and_are_counted(self, written):
         history = [learned(2, 0.6), evaluated(2, 0.5), learned(4, math.nan), evaluated(4, math.inf), evaluated(6, 0.7)]
         foreign = read(written(state(history)))
-        assert losses(foreign) == [(2, 0.6, 0.5), (6, 0.6, 0.7)]
-        assert foreign.notes[-1] == "2 losses left out, not finite: training may have diverged there"
+        assert as_text(foreign) == "(2, 0.6, 0.5) (4, nan, nan) (6, nan, 0.7)"
+        assert foreign.notes[-1] == "2 losses are not finite, the first at step 4: training may have diverged there"
 
-    @pytest.mark.parametrize("junk", [None, [1.0], {"a": 1}, "high", True, 10**400, "", "NaN", 1e300])
+    def test_a_run_that_diverged_is_not_called_healthy(self, written):
+        history = [entry for step in range(2, 10, 2) for entry in (learned(step, 1 / step), evaluated(step, 1 / step))]
+        lost = [learned(10, math.nan), evaluated(10, math.nan, accuracy=0.5)]
+        assert verdict(read(written(state(history))).curve).name == "healthy"
+        curve = read(written(state(history + lost))).curve
+        assert (curve[-1].step, verdict(curve).name) == (10, "unclear")
+
+    def test_one_overflow_among_training_losses_is_no_divergence(self, written):
+        history = [learned(2, 0.6), learned(4, math.inf), learned(6, 0.4), evaluated(6, 0.5)]
+        assert losses(read(written(state(history)))) == [(6, 0.5, 0.5)]
+
+    def test_a_diverged_point_without_metrics_does_not_hide_the_metric(self, written):
+        history = [learned(2, 0.6), evaluated(2, 0.5, f1=0.5), evaluated(4, math.nan)]
+        assert read(written(state(history))).metric == "f1"
+
+    @pytest.mark.parametrize("junk", [None, [1.0], {"a": 1}, "high", True, "", "null"])
     def test_what_is_no_number_is_no_loss(self, written, junk):
         history = [learned(2, 0.6), learned(4, junk), evaluated(4, 0.5), evaluated(6, junk), junk]  # type: ignore
         assert losses(read(written(state(history)))) == [(4, 0.6, 0.5)]
+
+    @pytest.mark.parametrize("huge", [10**400, "NaN", 1e300, "-inf"])
+    def test_what_is_no_finite_number_is_a_loss_that_is_lost(self, written, huge):
+        history = [learned(2, 0.6), evaluated(2, 0.5), learned(4, huge), evaluated(4, huge)]
+        assert as_text(read(written(state(history)))) == "(2, 0.6, 0.5) (4, nan, nan)"
 
     def test_numbers_may_be_written_as_text(self, written):
         assert losses(read(written(state([{"step": "2", "loss": "0.5", "eval_loss": "4e-1"}])))) == [(2, 0.5, 0.4)]
@@ -408,6 +433,117 @@ class TestTables:
         assert all(math.isfinite(point.train_loss) for point in read(written(lines(*rows), "log.jsonl")).curve)
 
 
+def table(sign: str, comma: str) -> str:
+    rows = [("step", "train_loss", "eval_loss"), *((10 * n, f"{1 / n:.3f}", f"{2 / n:.3f}") for n in range(1, 6))]
+    return "\n".join(sign.join(str(cell).replace(".", comma) for cell in row) for row in rows)
+
+
+class TestCommas:
+    @pytest.mark.parametrize("sign", [";", "\t", ","])
+    @pytest.mark.parametrize("comma", [".", ","])
+    def test_a_spreadsheet_s_table_is_the_same_in_every_country(self, written, sign, comma):
+        quote = '"' if sign == comma else ""
+        text = table(f"{quote}{sign}{quote}", comma).replace("\n", f"{quote}\n{quote}")
+        foreign = read(written(f"{quote}{text}{quote}\n", "curve.csv"))
+        assert losses(foreign) == [(10 * n, round(1 / n, 3), round(2 / n, 3)) for n in range(1, 6)]
+        commas = " with decimal commas" if comma == "," else ""
+        assert foreign.source == ("a tsv table" if sign == "\t" else "a csv table") + commas
+
+    def test_powers_of_ten_and_negatives(self, written):
+        foreign = read(written("Step;Loss;Val Loss;Val R2\n10,0;1,5E-03;,5;-1,5\n", "curve.csv"))
+        assert foreign.curve == [Point(10, 0.0015, 0.5, {"R2": -1.5}, eval_mode=False)]
+
+    @pytest.mark.parametrize(
+        ("sign", "row", "found"),
+        [
+            ("\t", ["1,000", "0.5", "0.6"], "1,000 under step"),
+            (";", ["1.000", "0,5", "0,6"], "0,5 under train_loss"),
+            (";", ["10", "1.234,5", "0.6"], "1.234,5 under train_loss"),
+            (",", ["10", "0.5", '"1,234.5"'], "1,234.5 under eval_loss"),
+        ],
+    )
+    def test_what_may_be_decimal_or_part_thousands_is_asked(self, written, sign, row, found):
+        text = "\n".join(sign.join(each) for each in (["step", "train_loss", "eval_loss"], ["5", "1", "2"], row))
+        assert refusal(written(text, "curve.csv")) == (
+            "FILE:3: this comma may be a decimal comma, or part thousands: other numbers have a point\n"
+            f"  found: {found}\n  hint: write every number with a decimal point, and nothing between thousands"
+        )
+
+    def test_thousands_in_a_column_that_is_not_read_do_not_matter(self, written):
+        assert losses(read(written("step;loss;val_loss;tokens\n1;0.5;0.6;1,000\n", "c.csv"))) == [(1, 0.5, 0.6)]
+
+    def test_decimal_commas_between_commas_are_not_read_as_cells(self, written):
+        assert refusal(written("step,train_loss,eval_loss\n10,0,693,0,701\n", "curve.csv")) == (
+            "FILE:2: this line has 5 cells, and the header 3\n  found: 10, 0, 693, 0, 701\n"
+            "  hint: where numbers have decimal commas, part the cells by semicolons or tabs"
+        )
+
+    def test_blanks_at_the_end_of_a_line_are_no_cells(self, written):
+        assert losses(read(written("step,loss,eval_loss\n1,0.5,0.6,,\n", "curve.csv"))) == [(1, 0.5, 0.6)]
+
+
+class TestUnread:
+    def test_values_that_are_no_numbers_are_told_with_the_first_of_each_column(self, written):
+        text = "step,loss,eval_loss,eval_f1\n1,0.5,0.6,0.1\n\n2,0.4,n/a,0.2\n3,,null,\n4,0.3,-,bad\n1.5,0.2,0.3,0\n"
+        foreign = read(written(text, "curve.csv"))
+        assert losses(foreign) == [(1, 0.5, 0.6)]
+        assert foreign.notes == (
+            LEARNING,
+            "1 value of step could not be read, the first on line 7: '1.5'",
+            "2 values of eval_loss could not be read, the first on line 4: 'n/a'",
+            "1 value of eval_f1 could not be read, the first on line 6: 'bad'",
+            "1 row with a loss but without a step left out",
+        )
+
+    @pytest.mark.parametrize("blank", ["", " ", "NaN", "null", "None"])
+    def test_blanks_are_not_told(self, written, blank):
+        assert read(written(f"step,loss,val_loss\n1,0.5,0.6\n2,0.4,{blank}\n", "c.csv")).notes == (LEARNING,)
+
+    @pytest.mark.parametrize(("junk", "told"), [("high", "'high'"), (True, "True"), ({"f1": 1}, "no single value")])
+    def test_in_json_too(self, written, junk, told):
+        foreign = read(written(state([learned(2, 0.6), evaluated(2, 0.5), evaluated(4, junk)])))
+        assert foreign.notes == (LEARNING, f"1 value of eval_loss could not be read, the first in entry 3: {told}")
+        foreign = read(written("Step 1 | loss:0.9 val_loss:0.8\nStep 2 | loss:0.9 val_loss:oh\n", "log.txt"))
+        assert foreign.notes[1] == "1 value of val_loss could not be read, the first on line 2: 'oh'"
+
+    def test_a_loss_without_a_step_is_told(self, written):
+        foreign = read(written("step,loss,val_loss\n1,0.5,0.6\n,0.4,0.5\n,,\n2,0.3,0.4\n", "c.csv"))
+        assert losses(foreign) == [(1, 0.5, 0.6), (2, 0.3, 0.4)]
+        assert foreign.notes == (LEARNING, "1 row with a loss but without a step left out")
+
+
+class TestExports:
+    def test_lightning_s_names_by_step_and_epoch(self, written):
+        text = "epoch,step,train/loss_epoch,train/loss_step,val/acc,val/loss\n0,9,,0.5,,\n0,9,,,0.7,0.6\n0,9,0.55,,,\n"
+        foreign = read(written(text, "metrics.csv"))
+        assert foreign.curve == [Point(9, 0.5, 0.6, {"acc": 0.7}, eval_mode=False)]
+
+    def test_w_and_b_s_names_have_the_run_before_them(self, written):
+        names = [f"a - b-1 - {name}" for name in ("train/loss", "eval/loss", "eval/accuracy", "eval/accuracy__MIN")]
+        header = ",".join(f'"{name}"' for name in ("Step", *names))
+        foreign = read(written(f'{header}\n"5","0.5","","",""\n"6","","0.6","0.7","0.7"\n', "wandb.csv"))
+        assert foreign.curve == [Point(6, 0.5, 0.6, {"accuracy": 0.7}, eval_mode=False)]
+
+    def test_several_runs_of_w_and_b_s_are_not_mixed(self, written):
+        text = "Step,red-1 - train/loss,blue-2 - eval/loss\n5,0.5,0.6\n"
+        assert refusal(written(text, "wandb.csv")) == (
+            "FILE: several runs are in this table\n  found: red-1, blue-2\n  hint: keep the columns of one run"
+        )
+
+    @pytest.mark.parametrize("header", ["Wall time,Step,Value", "x,Step,red-1 - eval/loss", "x,Step,red-1 - loss"])
+    def test_a_curve_exported_alone(self, written, header):
+        assert refusal(written(f"{header}\n1,5,0.5\n", "curve.csv")).endswith(
+            "\n  hint: curves exported one by one, as TensorBoard and W&B do, go in one table: step, train_loss, "
+            "eval_loss"
+        )
+
+    def test_what_a_trainer_prints(self, written):
+        assert refusal(written("{'loss': 0.5, 'epoch': 1.0}\n", "out.log")).endswith(
+            "\n  hint: JSON has double quotes; what a trainer prints is no JSON, but it writes the same to a "
+            "trainer_state.json"
+        )
+
+
 class TestRefusals:
     def test_no_such_path(self, tmp_path):
         assert refusal(tmp_path / "gone.json", UsageError) == (
@@ -450,9 +586,14 @@ class TestRefusals:
         )
         assert 'eval_strategy="steps" and an eval dataset' in NO_VALIDATION
 
-    def test_no_finite_evaluation(self, written):
-        text = refusal(written(state([learned(2, 0.5), evaluated(2, math.nan)])))
-        assert "\n  found: eval_loss is there, but never a finite number\n" in text
+    def test_an_evaluation_that_never_is_finite_diverged_and_is_not_missing(self, written):
+        assert as_text(read(written(state([learned(2, 0.5), evaluated(2, math.nan)])))) == "(2, 0.5, nan)"
+        blank = refusal(written("step,train_loss,val_loss\n1,0.5,nan\n", "curve.csv"))
+        assert "no evaluation is in this file\n  found: val_loss is there, but never a finite number\n" in blank
+
+    def test_an_evaluation_that_never_is_a_number(self, written):
+        text = refusal(written("step,train_loss,val_loss\n1,0.5,n/a\n", "curve.csv"))
+        assert "\n  found: val_loss is there, but never a finite number: on line 2: 'n/a'\n" in text
 
     def test_no_finite_training_loss(self, written):
         text = refusal(written("step,train_loss,val_loss\n1,nan,0.5\n", "curve.csv"))
@@ -466,8 +607,8 @@ class TestRefusals:
     def test_no_steps(self, written):
         assert refusal(written("loss,val_loss\n0.5,0.6\n", "c.csv")) == (
             "FILE: no steps are in this file\n  found: loss, val_loss\n"
-            "  allowed: step, global_step, current_steps, current_step, iter, iteration, trainer/global_step, "
-            "train/global_step, _step, or at least epoch"
+            "  allowed: step, global_step, current_steps, current_step, iter, iteration, trainer_global_step, "
+            "train_global_step, _step, or at least epoch"
         )
 
     def test_training_losses_only_after_the_evaluations(self, written):
@@ -589,6 +730,7 @@ def test_whatever_the_content_there_is_a_curve_or_an_error_of_ours(written, seed
     steps = [point.step for point in foreign.curve]
     assert steps == sorted(set(steps)) and steps
     for point in foreign.curve:
-        assert all(map(math.isfinite, (point.train_loss, point.validation_loss, *point.metrics.values())))
+        assert all(map(math.isfinite, point.metrics.values()))
+        assert not any(map(math.isinf, (point.train_loss, point.validation_loss)))
         assert not point.eval_mode
     verdict(foreign.curve, metric=foreign.metric)

@@ -79,10 +79,10 @@ def test_a_shape_has_its_name(train, validation, name, since):
     assert (found.name, found.since_step) == (name, since), found.text
 
 
-@pytest.mark.parametrize("points", [[], [Point(1, NAN, 0.5)]])
-def test_nothing_finite_is_unclear(points):
+@pytest.mark.parametrize(("points", "cause"), [([], None), ([Point(1, NAN, 0.5)], "rate")])
+def test_nothing_finite_is_unclear(points, cause):
     text = "Unclear: there is no evaluation with a finite loss on both sides."
-    assert verdict(points, metric=None) == Verdict("unclear", None, "low", text)
+    assert verdict(points, metric=None) == Verdict("unclear", None, "low", text, cause)
 
 
 def test_one_evaluation_is_counted_as_one():
@@ -209,6 +209,14 @@ def test_training_that_went_up_is_told_to_have_too_high_a_rate():
     found = verdict(curve([0.69, 0.76, 1.03, 0.70, 0.72, 0.69], [0.69, 0.75, 1.0, 0.69, 0.71, 0.69]))
     assert (found.name, found.cause) == ("underfitting", "rate")
     assert "the learning rate is probably too high" in found.text
+
+
+def test_training_that_hardly_moved_is_told_to_have_too_low_a_rate():
+    still = verdict(curve([0.69310, 0.69305, 0.69309, 0.69302, 0.69300], [0.6931] * 5))
+    assert (still.name, still.cause) == ("underfitting", "still")
+    assert still.text.endswith("It hardly moved: the learning rate is probably far too low.")
+    assert verdict(curve([0.693, 0.690, 0.689, 0.688, 0.686], [0.693] * 5)).cause is None
+    assert verdict(curve([NAN, NAN], [NAN, 0.5])).cause == "rate"
 
 
 def test_what_does_not_carry_over_is_not_healthy():

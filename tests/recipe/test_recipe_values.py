@@ -394,3 +394,10 @@ def test_loading_imports_no_heavy_package():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_run_s_resolved_recipe_is_named_as_the_run(tmp_path):
+    folder = tmp_path / "sst2-none-s1"
+    folder.mkdir()
+    (folder / "resolved.yaml").write_text(load("quickstart").resolved(), encoding="utf-8")
+    assert load(folder / "resolved.yaml").name == "sst2-none-s1"
