@@ -67,11 +67,19 @@ def _device(value: str) -> str:
 
 
 def _validation(value: Any) -> Any:
+    return _source_or_part(value, "validation is always on")
+
+
+def _test(value: Any) -> Any:
+    return value if value is None else _source_or_part(value, "not a test set")
+
+
+def _source_or_part(value: Any, otherwise: str) -> Any:
     if isinstance(value, str) and value:
         return value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
         allowed = "a source, as `train` is, or a fraction of the training rows between 0 and 1"
-        raise RefusedError("validation is always on", found=show(value), allowed=allowed)
+        raise RefusedError(otherwise, found=show(value), allowed=allowed)
     return float(value)
 
 
@@ -155,7 +163,9 @@ class Data(Section):
         description="hub:<dataset>[/<config>]#<split> | csv, tsv, json, jsonl, parquet | package:<package>/<path>"
     )
     validation: Annotated[Any, AfterValidator(_validation)] = Field(0.1, description="a source, or a fraction of train")
-    test: Text | None = Field(None, description="a source, for `hkft eval --split test`")
+    test: Annotated[Any, AfterValidator(_test)] = Field(
+        None, description="a source, or a fraction of train, the same rows for every seed: for `hkft eval --split test`"
+    )
     filter: Annotated[dict[str, Any], BeforeValidator(_filter)] | None = Field(
         None, description="{column: value} or {column: [value, value]}: keep only these rows"
     )
@@ -306,6 +316,10 @@ class Diagnostics(Section):
     )
     metric: Text | None = Field(None, description="picks the best adapter; null: validation loss")
     patience: Count | None = Field(None, description="stop after so many looks without a better one; null: never")
+    average: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="look at, and keep, a moving average of the adapter: its decay, 0.99 say; null: the adapter itself",
+    )
 
 
 class Schema(Section):

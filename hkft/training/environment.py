@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import resource
 import sys
@@ -16,19 +18,23 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from hkft.model.build import device, location
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from hkft.recipe import Recipe
 
 PACKAGES = ("hkft", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "numpy")
 
 
-def describe(recipe: Recipe, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+def describe(recipe: Recipe, fingerprints: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The content of environment.json."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "platform": platform.platform(),
         "device": device_name(device(recipe.model.device)),
         "threads": torch.get_num_threads(),
         "model": {"name": recipe.model.name, "revision": _commit(recipe) or recipe.model.revision},
+        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "data": dict(fingerprints),
         "recipe": recipe.listed(),
     }

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -78,7 +79,8 @@ class Looks(TrainerCallback):
     """look(split) -> Predictions, in eval mode; keep(seen) saves the adapter as the best so far.
 
     remember(step, seen) keeps the losses of every row; aside() measures what training adds to the loss on some rows of the
-    probe, and gives it with the number of rows; log(numbers) hands them to the loggers.
+    probe, and gives it with the number of rows; log(numbers) hands them to the loggers. applied() puts in the model's place
+    what is looked at and kept, where that is not the model as it is trained.
     """
 
     look: Callable[[str], Seen]
@@ -91,6 +93,7 @@ class Looks(TrainerCallback):
     remember: Callable[[int, dict[str, Seen]], None] = lambda step, seen: None
     aside: Callable[[], tuple[Added, int] | None] = lambda: None
     log: Callable[[dict[str, float]], None] = lambda numbers: None
+    applied: Callable[[], AbstractContextManager[None]] = nullcontext
     curve: list[Evaluated] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
     rows: list[Rows] = field(default_factory=list)  # a look each
@@ -105,7 +108,8 @@ class Looks(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step in self.at:
             log_too = control.should_log
-            self._look(state)
+            with self.applied():
+                self._look(state)
             control.should_log = log_too  # what a look logs is not the log of the step
             control.should_save = True
             if self._out_of_patience():

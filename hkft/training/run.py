@@ -38,6 +38,7 @@ from hkft.model import build, memory
 from hkft.model.adapter import updates
 from hkft.recipe import Recipe
 from hkft.training import environment, looks
+from hkft.training.average import Average
 from hkft.training.prepare import Material, arguments, check_criterion, prepare, step_counts
 from hkft.training.summary import started, summarise
 from hkft.training.trainer import Trainer
@@ -153,7 +154,7 @@ def _open(folder: RunFolder, recipe: Recipe, material: Material, resume: bool) -
         return
     write_text(folder.recipe, recipe.source)
     write_text(folder.resolved, recipe.resolved())
-    write_json(folder.environment, environment.describe(recipe, material.fingerprints))
+    write_json(folder.environment, environment.describe(recipe, material.fingerprints, material.tokenizer))
     told = {name: getattr(material, name) for name in ("labels", "duplicates", "near_duplicates")}
     write_json(folder.splits, {**material.ids, **told})
 
@@ -166,6 +167,10 @@ def _fit(begun: Begun) -> None:
     if resume:
         _take_up(folder, watcher, checkpoint)
     trainer.remove_callback(PrinterCallback)
+    if recipe.diagnostics.average is not None:
+        average = Average(_adapted(trainer), recipe.diagnostics.average)
+        trainer.add_callback(average)  # before the watcher: at its looks the step is in the average
+        watcher.applied = average.applied
     trainer.add_callback(watcher)
     trainable, total = build.parameters(_adapted(trainer))
     tell(started(recipe, material, folder, trainer, watcher, trainable, total))
@@ -184,7 +189,8 @@ def _fit(begun: Begun) -> None:
         environment.forget_peak(trainer.args.device)
         with memory.while_training(recipe), looks.StopOnSignal(watcher):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        facts["adapter"] = [asdict(update) for update in updates(_adapted(trainer))]
+        with watcher.applied():
+            facts["adapter"] = [asdict(update) for update in updates(_adapted(trainer))]
         status = "interrupted" if watcher.interrupted is not None else "finished"
     except HkftError as error:
         facts = {**facts, "error": str(error)}
@@ -236,6 +242,8 @@ def _self_check(begun: Begun) -> dict[str, Any]:
 def _trainer(recipe: Recipe, material: Material, model: PeftModel, folder: RunFolder, tell: Listener) -> Trainer:
     """Raises MethodError for a method that the model cannot carry, SetupError for a logger that is not installed."""
     settings = arguments(recipe, folder)
+    if recipe.diagnostics.average is not None and (settings.fsdp or settings.deepspeed):
+        raise RecipeError("the adapter is spread over devices, and cannot be averaged", where="diagnostics.average")
     if step_counts(len(material.examples["train"]), settings)[0] < 1:
         raise RecipeError("there is no step to train", where="train.num_train_epochs", allowed="more than 0")
     try:

@@ -100,7 +100,7 @@ CASES = {
         "  allowed  0 <= rate < 1\n"
         "3. there is no key 'evals_per_epok' in diagnostics\n"
         "  where    tiny.yaml:7:15\n"
-        "  allowed  evals_per_epoch, probe_size, generate, metric, patience\n"
+        "  allowed  evals_per_epoch, probe_size, generate, metric, patience, average\n"
         "  hint     did you mean 'evals_per_epoch'?\n"
         "4. not a whole number\n"
         "  where    --set seed\n"
