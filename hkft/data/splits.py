@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import datasets
 import numpy as np
@@ -19,6 +20,7 @@ from hkft.events import Listener, Notice
 __all__ = ["Splits", "fingerprint", "load", "rows"]
 
 NAMES = ("train", "validation", "test")
+TEST_SEED = 0  # of a test set that is a fraction of train: the same rows whatever the run's seed
 
 
 @dataclass(frozen=True)
@@ -48,27 +50,26 @@ def load(
     """The rows a run works with: read, filtered, mapped to the classes of train, split and drawn with the seed.
 
     A fraction as `data.validation` is drawn from train by class, with repeats of one text on one side; in generation the
-    completions of one prompt stay together, here and where so many rows are drawn. `labels` gives
-    the classes of an earlier run instead of those found in train. Raises what `rows` raises, and UsageError for a test
-    set that the recipe does not name.
+    completions of one prompt stay together, here and where so many rows are drawn. A fraction as `data.test` is drawn
+    before it, the same rows for every seed. `labels` gives the classes of an earlier run instead of those found in train.
+    Raises what `rows` raises, and UsageError for a test set that the recipe does not name.
     """
     assert set(splits) <= set(NAMES), splits
     data, known = recipe.data, tuple(labels) if labels is not None else None
     if "test" in splits and data.test is None:
         raise UsageError("the recipe names no test set", where="data.test", hint="--set data.test=FILE")
-    fraction = None if isinstance(data.validation, str) else _fraction(data.validation)
+    parts = {name: _fraction(name, value) for name in ("test", "validation") if _is_part(value := getattr(data, name))}
     taken: dict[str, datasets.Dataset] = {}
-    of_train = "train" in splits or (fraction is not None and "validation" in splits)
+    of_train = "train" in splits or any(name in splits for name in parts)
     if of_train or (known is None and recipe.task == "classification"):
         train = _read("train", recipe, known, tell)
-        known = train.labels
-        taken["train"], held = (train.rows, None) if fraction is None else _part(train, fraction, recipe)
-        if held is not None:
-            taken["validation"] = held
-    if fraction is None and "validation" in splits:
-        taken["validation"] = _read("validation", recipe, known, tell).rows
-    if "test" in splits:
-        taken["test"] = _read("test", recipe, known, tell).rows
+        known, rest = train.labels, train.rows
+        for name, fraction in parts.items():
+            rest, taken[name] = _part(rest, fraction, recipe, TEST_SEED if name == "test" else recipe.seed, name)
+        taken["train"] = rest
+    for name in ("validation", "test"):
+        if name in splits and name not in parts:
+            taken[name] = _read(name, recipe, known, tell).rows
     limits = {"train": data.train_rows, "validation": data.validation_rows}
     final = {name: _limited(taken[name], limits.get(name), recipe.seed, name, tell) for name in NAMES if name in splits}
     if "train" in final and recipe.task != "generation":
@@ -108,13 +109,17 @@ def _read(name: str, recipe: DataRecipe, labels: tuple[str, ...] | None, tell: L
         raise SetupError(problems=[told]) from error
 
 
-def _fraction(value: float) -> float:
+def _is_part(value: Any) -> bool:
+    return value is not None and not isinstance(value, str)
+
+
+def _fraction(name: str, value: float) -> float:
     if isinstance(value, bool) or not 0 < value < 1:
         raise UsageError(
-            "as a number, the validation set is a fraction of train",
-            where="data.validation",
+            f"as a number, the {name} set is a fraction of train",
+            where=f"data.{name}",
             found=repr(value),
-            allowed="0 < fraction < 1, or a reference such as hub:glue/sst2#validation",
+            allowed=f"0 < fraction < 1, or a reference such as hub:glue/sst2#{name}",
         )
     return value
 
@@ -155,22 +160,24 @@ def numbered(keys: Sequence[tuple[str, ...]]) -> list[int]:
     return [numbers.setdefault(key, len(numbers)) for key in keys]
 
 
-def _part(train: Rows, fraction: float, recipe: DataRecipe) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Train without its validation part, and that part."""
-    groups = numbered(keys(train.rows))
-    strata = cells_of(train.rows, "label") if recipe.task == "classification" else [0] * len(groups)
-    held = hold_out(groups, strata, fraction, recipe.seed)
+def _part(
+    rows: datasets.Dataset, fraction: float, recipe: DataRecipe, seed: int, name: str
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Training rows without a part of them, and that part, called `name`."""
+    groups = numbered(keys(rows))
+    strata = cells_of(rows, "label") if recipe.task == "classification" else [0] * len(groups)
+    held = hold_out(groups, strata, fraction, seed)
     if not held.any():
         classes = len(set(strata))
         found = f"{len(groups):,} rows, {len(set(groups)):,} different"
         raise DataError(
             f"too few different {'prompts' if recipe.task == 'generation' else 'texts of each class'} "
-            "to draw a validation set from",
+            f"to draw a {name} set from",
             where=recipe.data.train,
             found=f"{found}, {classes:,} classes" if recipe.task == "classification" else found,
             hint=f"is {recipe.data.label!r} the column of the labels?" if 2 * classes > len(groups) > 2 else None,
         )
-    return train.rows.select(np.flatnonzero(~held)), train.rows.select(np.flatnonzero(held))
+    return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
 
 
 def _limited(split: datasets.Dataset, wanted: int | None, seed: int, name: str, tell: Listener) -> datasets.Dataset:

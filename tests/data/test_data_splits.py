@@ -302,6 +302,30 @@ def test_a_test_set(write, recipe, tell):
     assert str(caught.value) == "data.test: the recipe names no test set\n  hint: --set data.test=FILE"
 
 
+def test_a_test_set_drawn_from_train_is_the_same_for_every_seed(write, recipe, tell):
+    path = write("t.csv", many(200))
+    drawn = [
+        load(recipe(train=path, validation=0.2, test=0.25, seed=seed), tell, ("train", "validation", "test"))
+        for seed in (1, 2)
+    ]
+    ids = [{name: set(getattr(each, name)["id"]) for name in ("train", "validation", "test")} for each in drawn]
+    assert ids[0]["test"] == ids[1]["test"]
+    assert ids[0]["validation"] != ids[1]["validation"]
+    for each in ids:
+        assert len(set.union(*each.values())) == sum(map(len, each.values())) == 200
+        assert len(each["test"]) == 50
+    alone = load(recipe(train=path, validation=0.2, test=0.25, seed=2), tell, ("test",))
+    assert set(alone.test["id"]) == ids[0]["test"]
+    assert alone.train is None
+    trained = load(recipe(train=path, validation=0.2, test=0.25, seed=2), tell)
+    assert set(trained.train["id"]) == ids[1]["train"]
+
+
+def test_a_test_fraction_outside_its_range(write, recipe, tell):
+    with pytest.raises(UsageError, match="the test set is a fraction of train"):
+        load(recipe(train=write("t.csv", many(10)), test=1.5), tell, ("test",))
+
+
 @pytest.mark.parametrize("fraction", [0, 1, 1.5, -0.1, True, float("nan")])
 def test_a_fraction_outside_its_range(write, recipe, tell, fraction):
     with pytest.raises(UsageError, match="the validation set is a fraction of train\n  found: "):

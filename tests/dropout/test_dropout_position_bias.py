@@ -314,7 +314,7 @@ def test_law_6_gradients_agree_with_and_without_checkpointing(name: str, method:
             calls.append(attachment.report()[0]["calls"])
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert calls[1] > calls[0]  # it was replayed
-    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(*gradients, atol=5e-6, rtol=1e-5)
 
 
 @every_model
