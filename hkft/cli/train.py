@@ -31,9 +31,7 @@ def train(
     if dry_run:
         from hkft.view.recipe import show_provenance
 
-        return (
-            show_json({"resolved": loaded.model_dump(), "from": loaded.provenance}) if json else show_provenance(loaded)
-        )
+        return show_json({"resolved": loaded.values(), "from": loaded.provenance}) if json else show_provenance(loaded)
     from hkft.view.terminal import view
 
     with view(json=json) as tell:

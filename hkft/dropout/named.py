@@ -5,7 +5,10 @@ The paper's own are dropkey to hiddenkey; the others are its controls. Sources: 
 
 from __future__ import annotations
 
-from hkft.dropout.method import Consistency, Method, Site, one_of
+from dataclasses import replace
+from typing import get_args
+
+from hkft.dropout.method import Consistency, Method, Pattern, Site, one_of
 
 _DROPKEY = Site("attention_logits", "column")
 _HIDDENCUT = Site("hidden", "element", rescale="inverse_keep")
@@ -63,6 +66,16 @@ METHODS: dict[str, Method] = {
 
 
 def find(name: str) -> Method:
-    """The named method. Raises MethodError with the nearest name."""
-    one_of("method", name, METHODS)
-    return METHODS[name]
+    """The named method; `dropkey/span` is a method of one site in another pattern. Raises MethodError with the nearest name."""
+    if not isinstance(name, str) or "/" not in name:
+        one_of("method", name, METHODS)
+        return METHODS[name]
+    base, _, pattern = name.partition("/")
+    one_of("method of one site", base, [each for each, method in METHODS.items() if len(method.sites) == 1])
+    one_of("pattern", pattern, get_args(Pattern))
+    method = METHODS[base]
+    (site,) = method.sites
+    if site.pattern == pattern:
+        return method
+    changed = [replace(site, pattern=pattern)]
+    return Method(changed, method.consistency, name, f"{base} with the pattern {pattern}")

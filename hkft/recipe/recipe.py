@@ -63,24 +63,28 @@ class Recipe(Schema):
     @property
     def provenance(self) -> dict[str, str]:
         """For every value, by its dotted key: "default", "<file>:<line>" or "--set"."""
-        return {dotted(path): self._came_from(path) for path in _leaves(self.model_dump(), ())}
+        return {dotted(path): self._came_from(path) for path in _leaves(self.values(), ())}
 
     def listed(self) -> list[tuple[str, str, str]]:
         """Every value: its dotted key, the value as YAML writes it, and where it came from."""
-        dumped = self.model_dump()
+        dumped = self.values()
         return [(dotted(path), written(_at(dumped, path)), self._came_from(path)) for path in _leaves(dumped, ())]
 
     @property
     def method(self) -> Method:
         return self.dropout.as_method()
 
+    def values(self) -> dict[str, Any]:
+        """Every value of a run: all but what a comparison makes of the recipe."""
+        return self.model_dump(exclude={"compare"})
+
     def resolved(self) -> str:
-        """Every value after defaults and `--set`, as YAML that `load` reads back to an equal recipe."""
-        return dump(self.model_dump())
+        """Every value of a run after defaults and `--set`, as YAML that `load` reads back to an equal recipe."""
+        return dump(self.values())
 
     def fingerprint(self) -> str:
         """12 hex digits of the SHA-256 of every value: equal for equal recipes, whatever their files look like."""
-        text = json.dumps(_canonical(self.model_dump()), sort_keys=True)
+        text = json.dumps(_canonical(self.values()), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def replace(self, *overrides: str) -> Recipe:

@@ -322,6 +322,27 @@ class Diagnostics(Section):
     )
 
 
+class Comparing(Section):
+    """What `hkft compare` runs of a recipe. It changes no run, so that it is none of a run's values."""
+
+    methods: list[Annotated[Text, AfterValidator(_known_method)]] = Field(
+        ["none", "hiddenkey-", "hiddenkey"], min_length=1, description="names of `hkft methods`, or name/pattern"
+    )
+    seeds: Count | Annotated[list[Annotated[Whole, Field(ge=0)]], Field(min_length=1)] = Field(
+        3, description="how many, from the recipe's own on; or which"
+    )
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        default_factory=dict, description="{section.key: [values]}: every method with every combination"
+    )
+    variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="{name: {section.key: value}}: the recipe without dropout, and with this"
+    )
+    baseline: Text | None = Field(
+        None, description="the row that the others are compared with; null: none, or the first"
+    )
+    paper: Text | None = Field(None, description="the paper's table and column to print beside: table1/sst2")
+
+
 class Schema(Section):
     """A recipe's values, and nothing else."""
 
@@ -333,6 +354,7 @@ class Schema(Section):
     train: dict[str, Any] = Field(default_factory=dict, description=f"fields of {CLASSES['train']}, by their own names")
     generation: Generation = Field(default_factory=lambda: Generation.model_validate({}))
     diagnostics: Diagnostics = Field(default_factory=lambda: Diagnostics.model_validate({}))
+    compare: Comparing = Field(default_factory=lambda: Comparing.model_validate({}))
     seed: Annotated[Whole, Field(ge=0, lt=2**32)] = Field(1, description="of everything that is drawn")
 
 
@@ -342,6 +364,7 @@ SECTIONS: dict[str, type[Section]] = {
     "dropout": Dropout,
     "generation": Generation,
     "diagnostics": Diagnostics,
+    "compare": Comparing,
 }
 RECORDS: dict[tuple[str, ...], type[Section]] = {
     (): Schema,
@@ -366,8 +389,9 @@ def reference() -> str:
 
 
 def _line(key: str, field: Any, indent: str) -> str:
-    if isinstance(field.default, list):
-        entry = f"{indent}{key}: [{', '.join(map(show, field.default))}]"
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    if isinstance(default, list):
+        entry = f"{indent}{key}: [{', '.join(map(show, default))}]"
     else:
-        entry = f"{indent}{key}:" if field.is_required() else indent + dump({key: field.default}).strip()
+        entry = f"{indent}{key}:" if field.is_required() else indent + dump({key: default}).strip()
     return f"{entry:<28}  # {'required: ' if field.is_required() else ''}{field.description}"

@@ -49,7 +49,8 @@ ASIDE = 32  # rows of the probe of which, at every look, the objective is measur
 
 def default_folder(recipe: Recipe) -> Path:
     """runs/<recipe>-<method>-s<seed>-<short hash>: another value anywhere in the recipe is another folder."""
-    return Path("runs") / f"{recipe.name}-{recipe.method.name}-s{recipe.seed}-{recipe.fingerprint()[:6]}"
+    method = recipe.method.name.replace("/", "-")
+    return Path("runs") / f"{recipe.name}-{method}-s{recipe.seed}-{recipe.fingerprint()[:6]}"
 
 
 @dataclass(frozen=True)

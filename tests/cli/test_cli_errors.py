@@ -43,7 +43,7 @@ CASES = {
         2,
         "error: there is no key 'dropuot' at the top level\n"
         "  where    tiny.yaml:5:1\n"
-        "  allowed  model, task, data, lora, dropout, train, generation, diagnostics, seed\n"
+        "  allowed  model, task, data, lora, dropout, train, generation, diagnostics, compare, seed\n"
         "  hint     did you mean 'dropout'?\n",
         edits=(("dropout:", "dropuot:"),),
     ),

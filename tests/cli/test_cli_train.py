@@ -100,7 +100,7 @@ def test_a_dry_run_shows_every_value_and_its_origin_and_does_nothing(hkft, tiny)
     assert {key: origin for key, (_, origin) in shown.items()} == recipe.provenance
     ran = hkft(*args, "--json")
     assert (ran.code, ran.err) == (0, "")
-    assert ran.document == {"resolved": recipe.model_dump(mode="json"), "from": recipe.provenance}
+    assert ran.document == {"resolved": recipe.values(), "from": recipe.provenance}
     assert sorted(Path().rglob("*")) == before
 
 

@@ -6,7 +6,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
@@ -337,3 +337,28 @@ def test_importing_the_methods_imports_neither_torch_nor_transformers() -> None:
     code = f"import sys, hkft, hkft.dropout.named; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("pattern", ["element", "column", "span"])
+@pytest.mark.parametrize("name", ["dropkey", "dropattention", "hiddencut"])
+def test_a_method_of_one_site_has_every_pattern(name, pattern):
+    own, found = METHODS[name], find(f"{name}/{pattern}")
+    (site,) = found.sites
+    assert site == replace(own.sites[0], pattern=pattern)
+    assert found.name == (name if own.sites[0].pattern == pattern else f"{name}/{pattern}")
+    assert found.consistency == own.consistency
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("hiddenkey/span", "there is no method of one site 'hiddenkey'"),
+        ("dropkey/spam", "there is no pattern 'spam'"),
+        ("lora-dropout/span", "the features of lora_input have no order"),
+        ("dropkey/", "there is no pattern ''"),
+        ("/span", "there is no method of one site ''"),
+    ],
+)
+def test_a_pattern_that_is_none_or_of_several_sites(name, said):
+    with pytest.raises(MethodError, match=said):
+        find(name)

@@ -18,7 +18,7 @@ data:
   text: t
   label: l
 """
-SECTIONS = "model, task, data, lora, dropout, train, generation, diagnostics, seed"
+SECTIONS = "model, task, data, lora, dropout, train, generation, diagnostics, compare, seed"
 
 
 @pytest.fixture

@@ -347,7 +347,18 @@ def test_reference_lists_every_key_with_its_default():
     assert "  name:                       # required: hub id" in listing
     read = parse(listing, "reference").value
     assert read["train"] == fields.TRAIN_DEFAULTS
-    assert list(read) == ["model", "task", "data", "lora", "dropout", "train", "generation", "diagnostics", "seed"]
+    assert list(read) == [
+        "model",
+        "task",
+        "data",
+        "lora",
+        "dropout",
+        "train",
+        "generation",
+        "diagnostics",
+        "compare",
+        "seed",
+    ]
 
 
 def test_the_fields_are_those_of_the_installed_classes():
