@@ -10,9 +10,10 @@ from hkft.events import Listener, Notice, Stage, silent
 
 if TYPE_CHECKING:
     from hkft.comparison.compare import Comparison
-    from hkft.comparison.grid import Train
+    from hkft.comparison.grid import Axes, Cell, Runner, Variants
     from hkft.folder import RunFolder
     from hkft.recipe import Recipe
+    from hkft.training.shelf import Shelf
 
 
 def train(
@@ -22,15 +23,17 @@ def train(
     output: str | Path | None = None,
     resume: bool = False,
     tell: Listener = silent,
+    shelf: Shelf | None = None,
 ) -> RunFolder:
     """What `hkft train` does: run a recipe (a name, a path, or a loaded one), write its report, return the run folder.
 
-    overrides: `section.key=value`, as `--set` takes them. tell: a listener for `hkft.events`. Raises HkftError, and
-    KeyboardInterrupt after a checkpoint; the report is written in either case, of what there is.
+    overrides: `section.key=value`, as `--set` takes them. tell: a listener for `hkft.events`. shelf: what other runs of the
+    process have loaded. Raises HkftError, and KeyboardInterrupt after a checkpoint; the report is written in either case,
+    of what there is.
     """
     from hkft.training import run
 
-    began = run.begin(_loaded(recipe, overrides), output, resume=resume, tell=tell)
+    began = run.begin(_loaded(recipe, overrides), output, resume=resume, tell=tell, shelf=shelf)
     try:
         began.fit()
     finally:
@@ -38,42 +41,117 @@ def train(
     return began.folder
 
 
+def evaluate_test(folder: RunFolder, tell: Listener = silent) -> None:
+    """What `hkft eval RUN --split test` does: the best adapter on the recipe's test rows, into the run folder."""
+    from hkft.evaluation import saved
+
+    loaded = saved.load_saved(folder.path, tell=tell)
+    saved.keep(loaded, "test", saved.evaluate(loaded, "test", tell))
+
+
+def plan(
+    recipe: str | Path | Recipe,
+    methods: Sequence[str] | None = None,
+    seeds: int | Sequence[int] | None = None,
+    axes: Axes | None = None,
+    variants: Variants | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    output: str | Path | None = None,
+) -> tuple[list[Cell], Path]:
+    """The cells of a comparison and the folder of their runs. What is None is as the recipe's `compare` section has it.
+
+    axes: {"dropout.rate": [0.1, 0.2]}, in place of the section's values of those keys. variants: {"rank 2": {"lora.r": 2}}.
+    output: `runs/compare-<recipe>` if None.
+    """
+    from hkft.comparison import grid
+
+    chosen = _loaded(recipe, overrides)
+    section = chosen.compare
+    cells = grid.cells(
+        chosen,
+        section.methods if methods is None else methods,
+        section.seeds if seeds is None else seeds,
+        {**section.grid, **(axes or {})},
+        section.variants if variants is None else variants,
+    )
+    return cells, Path(output) if output else grid.default_output(chosen)
+
+
 def compare(
     recipe: str | Path | Recipe,
-    methods: Sequence[str],
-    seeds: int | Sequence[int],
-    rates: Sequence[float] | None = None,
+    methods: Sequence[str] | None = None,
+    seeds: int | Sequence[int] | None = None,
+    axes: Axes | None = None,
+    variants: Variants | None = None,
     overrides: Sequence[str] = (),
     *,
     output: str | Path | None = None,
     baseline: str | None = None,
+    paper: str | None = None,
+    jobs: int = 1,
     tell: Listener = silent,
-    train: Train = train,
+    runner: Runner | None = None,
 ) -> tuple[Comparison, Path]:
-    """What `hkft compare --recipe` does: run the grid, resuming it, and write its tables and report into its folder.
+    """What `hkft compare --recipe` does: run the grid of `plan`, resuming it, and write its tables and report.
 
-    output: that folder, `runs/compare-<recipe>` if None; it is returned with the comparison. Where some cells failed,
-    the comparison is of the others, and says so; where all did, raises an error of the first one's kind that tells what
-    each says. train: runs a cell.
+    It returns the comparison and the folder. Where some cells failed, the comparison is of the others, and says so; where
+    all did, raises an error of the first one's kind that tells what each says. jobs: cells at a time, in processes of their
+    own. paper: the paper's table and column to set beside, the section's if None. runner: runs a cell.
     """
     from hkft.comparison import compare as comparing
     from hkft.comparison import grid
+    from hkft.comparison import jobs as processes
 
     chosen = _loaded(recipe, overrides)
-    folder = Path(output) if output else grid.default_output(chosen)
-    outcomes = grid.run(grid.cells(chosen, methods, seeds, rates), folder, train, tell)
+    cells, folder = plan(chosen, methods, seeds, axes, variants, output=output)
+    if jobs > 1:
+        outcomes = processes.run(cells, folder, jobs, tell)
+    else:
+        outcomes = grid.run(cells, folder, runner or _runner(), tell)
     done = [outcome.folder for outcome in outcomes if outcome.status != "failed"]
     failed = {outcome.cell.title: comparing.Failure.of(outcome.cause) for outcome in outcomes if outcome.cause}
     if not done:
         raise grid.nothing_finished(outcomes)
     tell(Stage("comparing"))
-    comparison = comparing.compare(done, baseline, failed=failed)
+    section = chosen.compare
+    comparison = comparing.compare(
+        done,
+        baseline or section.baseline,
+        failed=failed,
+        paper_cell=paper or section.paper,
+        names={outcome.folder: outcome.cell.row for outcome in outcomes},
+    )
     write_comparison(comparison, folder)
     return comparison, folder
 
 
+def _runner() -> Runner:
+    """Runs cells in this process; each takes from the one before what both have in common."""
+    import gc
+
+    from hkft.training.shelf import Shelf
+
+    shelf = Shelf()
+
+    def run(cell: Cell, folder: RunFolder, resume: bool, tell: Listener) -> None:
+        try:
+            if folder.status != "finished":
+                train(cell.recipe, output=folder.path, resume=resume, tell=tell, shelf=shelf)
+            if cell.recipe.data.test is not None:
+                evaluate_test(folder, tell)
+        finally:
+            gc.collect()  # a trainer and its model hold each other: the next cell needs their memory
+
+    return run
+
+
 def compare_runs(
-    runs: Sequence[str | Path], *, output: str | Path | None = None, baseline: str | None = None
+    runs: Sequence[str | Path],
+    *,
+    output: str | Path | None = None,
+    baseline: str | None = None,
+    paper: str | None = None,
 ) -> Comparison:
     """What `hkft compare RUN RUN` does. Tables and report are written where `output` names a folder for them."""
     from hkft.comparison.compare import compare
@@ -81,7 +159,7 @@ def compare_runs(
 
     if output:
         check_place(Path(output))
-    comparison = compare(runs, baseline)
+    comparison = compare(runs, baseline, paper_cell=paper)
     if output:
         write_comparison(comparison, Path(output))
     return comparison

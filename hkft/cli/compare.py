@@ -8,20 +8,27 @@ from typing import Annotated
 import typer
 
 from hkft.cli.shared import Debug, Json, Set, quiet, reported, show_json
-from hkft.errors import UsageError
+from hkft.errors import CheckFailedError, Problem, UsageError
 
 
 @reported
 def compare(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="RUN", help="Runs that exist, instead of a recipe.")
+        list[Path] | None,
+        typer.Argument(metavar="RUN", help="Runs that exist, and curves of other tools, instead of a recipe."),
     ] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="A recipe to run the grid on.")] = None,
-    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "none,hiddenkey-,hiddenkey",
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from the recipe's own.")] = 3,
-    rates: Annotated[
-        str | None, typer.Option(help="Dropout rates, separated by commas. Default: the recipe's.")
+    methods: Annotated[
+        str | None, typer.Option(help="Methods, by commas: none,dropkey/span. Without the recipe's variants.")
     ] = None,
+    seeds: Annotated[str | None, typer.Option(help="How many seeds, from the recipe's own; or which: 1,2,7.")] = None,
+    rates: Annotated[str | None, typer.Option(help="Dropout rates, by commas: one is chosen by validation.")] = None,
+    ranks: Annotated[str | None, typer.Option(help="Ranks of LoRA, by commas: methods are compared at each.")] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=A,B", help="Any value of the recipe: --grid lora.r=4,8. Repeatable."),
+    ] = None,
+    baseline: Annotated[str | None, typer.Option(help="The row to compare with. Default: none, or the first.")] = None,
     set: Set = None,
     output: Annotated[
         Path | None,
@@ -29,6 +36,17 @@ def compare(
             help="Where tables, report and the grid's runs go. Default: runs/compare-<recipe>, none for runs that exist."
         ),
     ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, each on a GPU of its own.")] = 1,
+    print_commands: Annotated[
+        bool, typer.Option("--print-commands", help="Print what is left to run, a line a cell, and run nothing.")
+    ] = False,
+    paper: Annotated[
+        str | None, typer.Option(metavar="TABLE/COLUMN", help="The paper's numbers beside ours: table1/rte.")
+    ] = None,
+    fail_if: Annotated[
+        list[str] | None, typer.Option(help='Exit with 7 where it holds: "gap.loss > 0.3". Repeatable.')
+    ] = None,
+    require: Annotated[str | None, typer.Option(help="Exit with 7 unless every row is: better, or not worse.")] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -37,25 +55,42 @@ def compare(
         raise UsageError(
             "say either --recipe, to run a grid, or the run folders to compare", hint="hkft compare --help"
         )
+    from hkft.comparison import gates, options
     from hkft.view.compare import show_comparison
     from hkft.view.terminal import view
 
-    folder = output
+    for condition in fail_if or ():
+        gates.check(condition)
+    folder, named = output, options.names(methods)
+    asked = (
+        named,
+        options.seeds(seeds),
+        options.axes(rates, ranks, grid or ()),
+        None if named is None else {},
+        set or (),
+    )
+    if recipe and print_commands:
+        return _print_commands(recipe, asked, output, json)
     with view(json=json, brief=True) as tell:
         quiet(tell)
         from hkft import api
-        from hkft.comparison.grid import read_rates
 
         if recipe:
-            result, folder = api.compare(
-                recipe, _names(methods), seeds, read_rates(rates), set or (), output=output, tell=tell
-            )
+            told = {"paper": paper, "baseline": baseline, "jobs": jobs, "tell": tell}
+            result, folder = api.compare(recipe, *asked, output=output, **told)
         else:
-            result = api.compare_runs(runs or [], output=output)
+            result = api.compare_runs(runs or [], output=output, baseline=baseline, paper=paper)
     show_json(result.as_dict()) if json else show_comparison(result, folder)
+    if broken := gates.failures(result, fail_if or (), require):
+        raise CheckFailedError(problems=[Problem(sentence) for sentence in broken])
     if result.failed:
         raise typer.Exit(next(iter(result.failed.values())).exit_code)
+    return None
 
 
-def _names(methods: str) -> list[str]:
-    return [name.strip() for name in methods.split(",")]
+def _print_commands(recipe: str, asked: tuple, output: Path | None, json: bool) -> None:
+    from hkft import api
+    from hkft.comparison.grid import commands
+
+    lines = commands(*api.plan(recipe, *asked, output=output))
+    show_json({"commands": lines}) if json else typer.echo("\n".join(lines))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from hkft.comparison.choice import Standing
 from hkft.comparison.runs import Group, Run, differing
 from hkft.comparison.statistics import critical_t
 
@@ -16,7 +17,9 @@ SHARED: dict[str, Callable[[Run], Any]] = {
     "training rows": lambda run: run.data.get("train"),
     "validation rows": lambda run: run.data.get("validation"),
     "number of steps": lambda run: run.summary["total_steps"],
+    "test rows": lambda run: run.summary.get("test_rows"),
     "model": lambda run: run.summary["model"],
+    "tokenizer": lambda run: run.environment.get("tokenizer"),
     "device, so that their times cannot be compared": lambda run: run.device,
 }
 
@@ -32,7 +35,7 @@ def unfair(group: Group, baseline: Group) -> list[str]:
             found = " and ".join(_show(read(of.runs[seeds[0]])) for of in (group, baseline))
             sentences.append(f"{pair} are no fair pair: other {name} ({_seeds(seeds)}: {found})")
     for key in differing([group.first, baseline.first]):
-        if not key.startswith("dropout.") and key != "model.name":
+        if not key.startswith("dropout.") and key != "model.name" and key not in group.settings:
             found = " and ".join(_show(of.first.settings.get(key)) for of in (group, baseline))
             sentences.append(f"{pair} differ in more than dropout: {key} is {found}")
     alone = [(a.label, [seed for seed in a.seeds if seed not in b.runs]) for a, b in _both(group, baseline)]
@@ -42,33 +45,57 @@ def unfair(group: Group, baseline: Group) -> list[str]:
     return sentences
 
 
-def notes(groups: Mapping[str, Group], baseline: Group, metric: str) -> list[str]:
-    """How to read the numbers."""
+def notes(groups: Mapping[str, Group], standing: Mapping[str, Standing], metric: str, split: str) -> list[str]:
+    """How to read the numbers. split: the rows that the main number is of, "test" or "validation"."""
     runs = [run for group in groups.values() for run in group.runs.values()]
-    criterion = " or ".join(dict.fromkeys(run.settings.get("diagnostics.metric") or "loss" for run in runs))
-    sentences = [f"best {metric} is that of the checkpoint with the best validation {criterion}, {OPTIMISTIC}"]
-    if len({group.method for group in groups.values()}) < len(groups):
-        sentences.append("settings of one method were tried on the rows that are reported: its best is optimistic too")
-    others = len(groups) - 1
-    if others:
-        corrected = f", Holm-corrected over {others} comparisons (the intervals are not)" if others > 1 else ""
+    criterion = " or ".join(dict.fromkeys(run.criterion for run in runs))
+    chosen = f"is that of the checkpoint with the best validation {criterion}"
+    sentences = [
+        f"test {metric} {chosen}: chosen on other rows than it is reported on"
+        if split == "test"
+        else f"best {metric} {chosen}, {OPTIMISTIC}"
+    ]
+    sentences += _tuning(groups, standing, split)
+    bases = {each.baseline for each in standing.values()}
+    compared = [label for label, each in standing.items() if each.chosen and label not in bases]
+    if compared:
+        corrected = f", Holm-corrected over {len(compared)} comparisons (the intervals are not)" if compared[1:] else ""
         sentences.append(
-            f"differences are to {baseline.label}, paired by seed, with 95 % intervals; "
+            f"differences are to {' or '.join(sorted(bases))}, paired by seed, with 95 % intervals; "
             f"p is of the paired t test{corrected}"
         )
     fewest = min(len(group.runs) for group in groups.values())
-    if others and 1 < fewest < SMALL:
+    if compared and 1 < fewest < SMALL:
         sentences.append(f"with {fewest} seeds a paired t test needs |t| > {critical_t(fewest):.2f}")
-    if len(baseline.runs) > 1:
-        anew = len({run.data.get("validation") for run in baseline.runs.values()}) > 1
-        sentences.append(
-            "each seed drew its own rows: the spread is that of rows, initial weights and order together"
-            if anew
-            else "all seeds share the validation rows: the spread does not tell what other rows would show"
-        )
+    sentences += _rows(groups, split)
     if any(run.device.startswith("cpu") for run in runs):
         sentences.append("on a CPU peak memory is the process's: within one grid a later run never shows less")
     return sentences
+
+
+def _tuning(groups: Mapping[str, Group], standing: Mapping[str, Standing], split: str) -> list[str]:
+    """How many settings of each method were tried, where that is more than one of any."""
+    tried = {groups[label].method: each.tried for label, each in standing.items() if each.chosen}
+    if max(tried.values(), default=1) == 1:
+        return []
+    budget = ", ".join(f"{method} {count}" for method, count in tried.items())
+    told = f"settings tried: {budget}; of each method the one that was best on validation stands for it"
+    return [told + ("" if split == "test" else ", on the rows that are reported: its number is optimistic too")]
+
+
+def _rows(groups: Mapping[str, Group], split: str) -> list[str]:
+    """Whether the seeds share the rows that are reported."""
+    for group in groups.values():
+        if len(group.runs) > 1 and split == "test":
+            return ["all seeds share the test rows; the interval of the bootstrap tells what other rows would show"]
+        if len(group.runs) > 1:
+            anew = len({run.data.get("validation") for run in group.runs.values()}) > 1
+            return [
+                "each seed drew its own rows: the spread is that of rows, initial weights and order together"
+                if anew
+                else "all seeds share the validation rows: the spread does not tell what other rows would show"
+            ]
+    return []
 
 
 def _both(group: Group, baseline: Group) -> list[tuple[Group, Group]]:

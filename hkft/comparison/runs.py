@@ -1,23 +1,41 @@
 """Run folders -> finished runs -> groups of equal settings.
 
 Two runs are of one group where nothing in their resolved recipes differs but the seed and the device. A group is named
-by its method, and by the settings that vary among the runs of that method: `dropkey`, `dropkey p=0.2`, `none lora.r=4`.
+by its method, and by the settings in which it differs from most runs of that method: `dropkey`, `dropkey p=0.2`,
+`none lora.r=4`.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hkft.errors import UsageError
-from hkft.folder import RunFolder, open_run, read_json
+from hkft.folder import RunFolder, open_run, read_json, read_jsonl
 from hkft.recipe.text import parse
 
 NOT_SETTINGS = ("seed", "model.device")  # what is repeated, and where it ran
 LONGEST = 24  # characters of a value in a label
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Of each row of a set: which it is, its number, and how much that weighs in the mean (a completion's tokens)."""
+
+    ids: tuple[Any, ...]
+    values: NDArray[np.floating]
+    weights: NDArray[np.integer]
+
+    @property
+    def sums(self) -> NDArray[np.floating]:
+        return self.values * self.weights
 
 
 @dataclass(frozen=True)
@@ -27,8 +45,7 @@ class Run:
     folder: Path
     summary: Mapping[str, Any]
     settings: Mapping[str, Any]
-    data: Mapping[str, str]  # split -> fingerprint
-    device: str
+    environment: Mapping[str, Any]
 
     @property
     def method(self) -> str:
@@ -39,13 +56,51 @@ class Run:
         return self.summary["seed"]
 
     @property
+    def data(self) -> Mapping[str, str]:
+        """split -> fingerprint."""
+        return self.environment["data"]
+
+    @property
+    def device(self) -> str:
+        return self.environment["device"]
+
+    @property
     def seconds(self) -> float:
         """Of training, looks apart."""
         return float(self.summary["train_runtime_s"])
 
+    @property
+    def criterion(self) -> str:
+        """By which the best checkpoint was chosen, on validation."""
+        return self.settings.get("diagnostics.metric") or "loss"
+
+    @property
+    def passes(self) -> int:
+        """Forward passes that a step takes."""
+        consistency = (self.summary.get("dropout") or {}).get("consistency") or {}
+        return 2 if consistency.get("weight") else 1
+
+    @property
+    def sites(self) -> list[Any]:
+        return (self.summary.get("dropout") or {}).get("sites") or []
+
     def curve(self) -> list[dict[str, Any]]:
         """The looks of `metrics.jsonl`."""
         return RunFolder(self.folder).records("eval")
+
+    def examples(self, split: str, name: str) -> Examples | None:
+        """Of the best checkpoint, the loss or the rightness of every row of "validation" or "test".
+
+        None where it is not kept, or where `name` is no mean over rows.
+        """
+        records = read_jsonl(RunFolder(self.folder).predictions(split))
+        if not records or name not in ("loss", "accuracy") or (name == "accuracy" and "tokens" in records[0]):
+            return None
+        values = [
+            record["label"] == record["prediction"] if name == "accuracy" else record["loss"] for record in records
+        ]
+        weights = np.array([record.get("tokens", 1) if name == "loss" else 1 for record in records])
+        return Examples(tuple(record["id"] for record in records), np.array(values, dtype=np.float64), weights)
 
 
 @dataclass(frozen=True)
@@ -82,18 +137,31 @@ def finished(folders: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
     return runs, left_out
 
 
-def grouped(runs: Sequence[Run]) -> tuple[dict[str, Group], list[str]]:
-    """label -> group, in the order of the runs; and a sentence for each run that repeats another."""
+def grouped(runs: Sequence[Run], names: Mapping[Path, str] | None = None) -> tuple[dict[str, Group], list[str]]:
+    """label -> group, in the order of the runs; and a sentence for each run that repeats another.
+
+    names: of runs by their folders, where a grid has given them: a group whose runs have one name is called so.
+    """
     varying = {method: differing([run for run in runs if run.method == method]) for method in {r.method for r in runs}}
+    members: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        members.setdefault((run.method, repr([run.settings.get(key) for key in varying[run.method]])), []).append(run)
+    usual = {method: _usual([of[0] for (name, _), of in members.items() if name == method], varying[method])
+             for method in varying}  # fmt: skip
     groups: dict[str, Group] = {}
     repeated = []
-    for run in runs:
-        settings = {key: run.settings.get(key) for key in varying[run.method]}
-        label = " ".join([run.method, *(_setting(key, value) for key, value in settings.items())])
-        group = groups.setdefault(label, Group(label, run.method, settings))
-        if run.seed in group.runs:
-            repeated.append(f"{run.folder} is left out: {label}, seed {run.seed} is there already")
-        group.runs.setdefault(run.seed, run)
+    for (method, _), of in members.items():
+        settings = {key: of[0].settings.get(key) for key in varying[method]}
+        told = [_setting(key, value) for key, value in settings.items() if (key, repr(value)) not in usual[method]]
+        given = {(names or {}).get(run.folder) for run in of}
+        named = given.pop() if len(given) == 1 else None
+        label = " ".join([method, *told]) if named is None or named in groups else named
+        group = Group(label, method, settings)
+        groups[group.label] = group
+        for run in of:
+            if run.seed in group.runs:
+                repeated.append(f"{run.folder} is left out: {group.label}, seed {run.seed} is there already")
+            group.runs.setdefault(run.seed, run)
     return groups, repeated
 
 
@@ -103,11 +171,20 @@ def differing(runs: Sequence[Run]) -> list[str]:
     return [key for key in keys if any(run.settings.get(key) != runs[0].settings.get(key) for run in runs)]
 
 
+def _usual(groups: Sequence[Run], keys: Sequence[str]) -> set[tuple[str, str]]:
+    """The value of each key that most groups of a method have, where there is one: it goes without saying."""
+    usual = set()
+    for key in keys:
+        (value, most), *others = Counter(repr(run.settings.get(key)) for run in groups).most_common(2)
+        if not others or most > others[0][1]:
+            usual.add((key, value))
+    return usual
+
+
 def _read(folder: RunFolder) -> Run:
-    environment = read_json(folder.environment)
     resolved = parse(folder.resolved.read_text(encoding="utf-8"), str(folder.resolved)).value
     settings = {key: value for key, value in _flat(resolved) if key not in NOT_SETTINGS}
-    return Run(folder.path, read_json(folder.summary), settings, environment["data"], environment["device"])
+    return Run(folder.path, read_json(folder.summary), settings, read_json(folder.environment))
 
 
 def _flat(section: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,12 +7,17 @@
     Holm        p values of several methods against one baseline, stepped down so that the chance of calling any of them
                 different when none is stays below 5 %. The intervals are not corrected
     better      the Holm-corrected p is below 0.05, and the difference has the good sign
+    effect      standardised: d_z = mean / std of the differences, times J = 1 - 3 / (4 (n - 1) - 1), as few seeds make it
+                too large (Hedges 1981). In standard deviations; the sign is that of method - baseline. None where p is,
+                and for 2 seeds, where J = 0: its expectation does not exist
+    wins        seeds on which the method is better than the baseline, ties: equal, rounding aside, losses: worse
     needed      seeds at which a difference as large and as steady as the one observed would be found with a chance of
                 80 % (noncentral t, at 0.05 / number of methods, the strictest step of Holm). The observed effect is
                 itself uncertain, so this is an order of magnitude, not a promise
 
 No p value where there is none to give: one seed; the same difference on every seed, whose spread is then unknown (an
-accuracy of few rows takes few values); a metric that is undefined for a seed.
+accuracy of few rows takes few values); a metric that is undefined for a seed. A t test of however few pairs can give any
+p: it has no least one. Two runs of one seed on the same examples: `mcnemar`, and `comparison.bootstrap`.
 """
 
 from __future__ import annotations
@@ -23,13 +28,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 CONFIDENCE = 0.95
 ALPHA = 0.05
 POWER = 0.8
 MOST_SEEDS = 1000  # beyond this a number of seeds is no advice
+ROUNDING = 1e-9  # two numbers that differ by less, relative to their size, are equal
 
 Word = Literal["better", "worse", "cannot tell"]
 
@@ -55,11 +61,24 @@ class Difference:
     std: float | None
     low: float | None
     high: float | None
+    effect: float | None
+    wins: int
+    ties: int
+    losses: int
     p: float | None
     p_holm: float | None
     needed: int | None
     word: Word
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class McNemar:
+    """Examples on which only one of two methods is right, and the two-sided p that each is as likely as the other."""
+
+    only_method: int
+    only_baseline: int
+    p: float
 
 
 def describe(values: Sequence[float]) -> Sample:
@@ -78,14 +97,23 @@ def describe(values: Sequence[float]) -> Sample:
 def against(
     methods: Mapping[str, Mapping[int, float]], baseline: Mapping[int, float], *, lower_is_better: bool
 ) -> dict[str, Difference]:
-    """Each method against the baseline, paired by seed, Holm-corrected over the methods that have a p value."""
-    paired = {name: paired_differences(values, baseline) for name, values in methods.items()}
+    """Each method against one baseline: see `of_pairs`."""
+    return of_pairs({name: (values, baseline) for name, values in methods.items()}, lower_is_better=lower_is_better)
+
+
+def of_pairs(
+    pairs: Mapping[str, tuple[Mapping[int, float], Mapping[int, float]]], *, lower_is_better: bool
+) -> dict[str, Difference]:
+    """Each method against the baseline beside it, paired by seed, Holm-corrected over all that have a p value."""
+    paired = {name: paired_differences(values, baseline) for name, (values, baseline) in pairs.items()}
     raw = {name: _p(differences) for name, differences in paired.items()}
     tested = [name for name, p in raw.items() if p is not None]
     corrected = dict(zip(tested, holm([p for p in raw.values() if p is not None]), strict=True))
     alpha = ALPHA / max(1, len(tested))
     return {
-        name: _difference(differences, raw[name], corrected.get(name), alpha, lower_is_better)
+        name: _difference(
+            differences, _tally(*pairs[name], lower_is_better), raw[name], corrected.get(name), alpha, lower_is_better
+        )
         for name, differences in paired.items()
     }
 
@@ -102,6 +130,28 @@ def holm(p_values: Sequence[float]) -> list[float]:
         floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[index]))
         corrected[index] = floor
     return corrected
+
+
+def hedges(mean: float, std: float, n: int) -> float | None:
+    """Paired standardised effect of n differences: mean / std * (1 - 3 / (4 (n - 1) - 1)) (Hedges 1981).
+
+    None below 3 differences, and where they do not vary.
+    """
+    return mean / std * (1 - 3 / (4 * (n - 1) - 1)) if n > 2 and std > 0 else None
+
+
+def mcnemar(method_right: ArrayLike, baseline_right: ArrayLike) -> McNemar:
+    """Two runs on the same examples (McNemar 1947), exact: of those that only one has right, half are the method's.
+
+    method_right, baseline_right: [N], True or 1 where the run is right. p: two-sided binomial; 1 where the runs never
+    differ; at least 2 / 2^k where they differ on k examples. It tells these two runs apart, not their methods: what another
+    seed would do is not in it. Raises AssertionError for arrays of unlike length, and for numbers other than 0 and 1.
+    """
+    method, baseline = np.asarray(method_right), np.asarray(baseline_right)
+    assert method.shape == baseline.shape and method.ndim == 1, "the same examples"
+    assert np.isin(method, (0, 1)).all() and np.isin(baseline, (0, 1)).all(), "right or wrong"
+    ours, theirs = int((method > baseline).sum()), int((method < baseline).sum())
+    return McNemar(ours, theirs, float(stats.binomtest(ours, ours + theirs).pvalue) if ours + theirs else 1.0)
 
 
 def needed_seeds(mean: float, std: float, *, alpha: float = ALPHA, power: float = POWER) -> int | None:
@@ -136,7 +186,7 @@ def half_width(std: float, n: int) -> float:
 
 def _steady(differences: NDArray[np.floating]) -> bool:
     """The same difference on every seed, rounding aside."""
-    return bool(np.ptp(differences) <= 1e-9 * np.abs(differences).max())
+    return bool(np.ptp(differences) <= ROUNDING * np.abs(differences).max())
 
 
 def _p(differences: Mapping[int, float]) -> float | None:
@@ -146,22 +196,59 @@ def _p(differences: Mapping[int, float]) -> float | None:
     return float(stats.ttest_rel(values, np.zeros_like(values)).pvalue)  # type: ignore[attr-defined]
 
 
+def _tally(values: Mapping[int, float], baseline: Mapping[int, float], lower_is_better: bool) -> tuple[int, int, int]:
+    """Seeds on which the method is better, equal, worse. A seed that is undefined for one of them is none of these."""
+    wins = ties = losses = 0
+    for seed in values.keys() & baseline.keys():
+        ours, theirs = values[seed], baseline[seed]
+        if math.isnan(ours) or math.isnan(theirs):
+            continue
+        if math.isclose(ours, theirs, rel_tol=ROUNDING):
+            ties += 1
+        elif (ours < theirs) == lower_is_better:
+            wins += 1
+        else:
+            losses += 1
+    return wins, ties, losses
+
+
 def _difference(
-    differences: Mapping[int, float], p: float | None, p_holm: float | None, alpha: float, lower_is_better: bool
+    differences: Mapping[int, float],
+    tally: tuple[int, int, int],
+    p: float | None,
+    p_holm: float | None,
+    alpha: float,
+    lower_is_better: bool,
 ) -> Difference:
     sample = describe(list(differences.values()))
     mean, std = sample.mean, sample.std
     word: Word = "cannot tell"
-    needed = None
+    effect = needed = None
     if p is not None and p_holm is not None:
         assert mean is not None
         assert std is not None
+        effect = hedges(mean, std, sample.n)
         if p_holm < ALPHA:
             word = "better" if (mean < 0) == lower_is_better else "worse"
         else:
             needed = needed_seeds(mean, std, alpha=alpha)
-    text = word if word != "cannot tell" else _why_not(differences, p, needed)
-    return Difference(len(differences), mean, std, sample.low, sample.high, p, p_holm, needed, word, text)
+    wins, ties, losses = tally
+    return Difference(
+        n=len(differences),
+        mean=mean,
+        std=std,
+        low=sample.low,
+        high=sample.high,
+        effect=effect,
+        wins=wins,
+        ties=ties,
+        losses=losses,
+        p=p,
+        p_holm=p_holm,
+        needed=needed,
+        word=word,
+        text=word if word != "cannot tell" else _why_not(differences, p, needed),
+    )
 
 
 def _why_not(differences: Mapping[int, float], p: float | None, needed: int | None) -> str:

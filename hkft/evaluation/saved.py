@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from hkft.evaluation.completions import Completions
 from hkft.evaluation.look import look
 from hkft.evaluation.predict import Predictions
 from hkft.events import Listener, Notice, Stage, silent
-from hkft.folder import RunFolder, read_json, write_jsonl
+from hkft.folder import RunFolder, read_json, write_json, write_jsonl
 from hkft.model import build, memory
 from hkft.recipe import Recipe, load
 
@@ -140,14 +142,22 @@ def evaluate(saved: Saved, split: str = "validation", tell: Listener = silent) -
 def keep(saved: Saved, split: str, predictions: Predictions | Completions) -> str | None:
     """Write a run's predictions on its test set, or on another file, into its folder; None where nothing is written.
 
-    Those of the probe and of validation are training's own, of its best step, and stay.
+    Those of the probe and of validation are training's own, of its best step, and stay. What the best adapter gives on the
+    test set of the run's own recipe stands in summary.json too, as `test`.
     """
     if saved.folder is None or split in ("train", "validation"):
         return None
     stem = Path(split.partition("#")[0]).stem
     taken = {"train_probe", *splits.NAMES}  # by the run's own rows
     target = saved.folder.predictions(f"file-{stem}" if split != "test" and stem in taken else stem)
-    write_jsonl(target, predictions.records(saved.labels))
+    records = predictions.records(saved.labels)
+    write_jsonl(target, records)
+    summary = read_json(saved.folder.summary)
+    own = saved.recipe.fingerprint() == summary.get("recipe_fingerprint")
+    if split == "test" and own and saved.adapter == saved.folder.adapter:
+        rows = json.dumps([(record["id"], record["label"]) for record in records])
+        told = {"test": predictions.metrics(), "test_rows": hashlib.sha256(rows.encode()).hexdigest()}
+        write_json(saved.folder.summary, {**summary, **told})
     return str(target)
 
 

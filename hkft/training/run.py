@@ -39,7 +39,8 @@ from hkft.model.adapter import updates
 from hkft.recipe import Recipe
 from hkft.training import environment, looks
 from hkft.training.average import Average
-from hkft.training.prepare import Material, arguments, check_criterion, prepare, step_counts
+from hkft.training.prepare import Material, arguments, check_criterion, step_counts
+from hkft.training.shelf import Shelf
 from hkft.training.summary import started, summarise
 from hkft.training.trainer import Trainer
 
@@ -72,8 +73,17 @@ class Begun:
         _fit(self)
 
 
-def begin(recipe: Recipe, output: str | Path | None = None, *, resume: bool = False, tell: Listener = silent) -> Begun:
+def begin(
+    recipe: Recipe,
+    output: str | Path | None = None,
+    *,
+    resume: bool = False,
+    tell: Listener = silent,
+    shelf: Shelf | None = None,
+) -> Begun:
     """Load everything a recipe names, and open its folder: what can be wrong before training is found before it.
+
+    shelf: what other runs of the process have loaded already.
 
     Raises UsageError where the folder holds a run already (a finished one is never overwritten), and what the rooms
     raise, with nothing written.
@@ -87,13 +97,13 @@ def begin(recipe: Recipe, output: str | Path | None = None, *, resume: bool = Fa
             notices.append(event)
         tell(event)
 
-    material = prepare(recipe, heard)
+    shelf = shelf or Shelf(keeps=False)
+    material = shelf.material(recipe, heard)
     check_criterion(recipe, material)
     heard(Stage(f"loading {recipe.model.name}"))
     set_seed(recipe.seed)
     with memory.while_loading(recipe):
-        base = build.base(recipe, material.labels, build.padding_id(material.tokenizer))
-        model = build.with_lora(base, recipe)
+        model = build.with_lora(shelf.base(recipe, material), recipe)
     with _nothing_left(folder.path):
         trainer = _trainer(recipe, material, model, folder, heard)
         _open(folder, recipe, material, resume)

@@ -16,8 +16,13 @@ from hkft.view.tables import table
 def show_comparison(result: Comparison, folder: Path | None = None, console: Console | None = None) -> None:
     """Print `result` on `console` (stdout), and the folder of its files where it has one."""
     console = console or output()
-    table(*tables.narrow(result), console=console)
+    table(*tables.fitted(result, console.width), console=console)
+    titles, rows = tables.settings(result)
+    if rows:
+        _paragraph(console, ["settings tried"])
+        table(titles, rows, console=console)
     _paragraph(console, tables.sentences(result))
+    _paragraph(console, tables.foreign(result))
     _paragraph(console, [f"warning: {text}" for text in tables.warned(result)], "yellow")
     _paragraph(console, [f"note: {text}" for text in result.notes], "dim")
     if folder:

@@ -14,6 +14,7 @@ from hkft.view.scale import Points, bounds, runs, tick_label, ticks
 WIDTH, SMALL = 720, 360  # of a line chart: over the page, and of two side by side
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 34  # margins, in the viewBox's units; the left one of labels of three letters
 LETTER = 13  # what each letter beyond takes, on a phone
+NAME = 24  # letters of a point's name; all of it is told where a pointer rests on the point
 SQUARE = 320  # width and height of a reliability diagram
 LARGEST, SMALLEST = 13.0, 2.5  # radius of its dots
 
@@ -39,6 +40,20 @@ class Band:
         """The lower (1) or upper (2) edge; not a number where either edge is not finite, so that both break there."""
         whole = [all(map(math.isfinite, edge)) for edge in self.edges]
         return [(edge[0], edge[which] if there else math.nan) for edge, there in zip(self.edges, whole, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A single point. text: what it is. low, high: the ends of its whisker. name: is written beside it. ring: around it."""
+
+    x: float
+    y: float
+    text: str
+    style: str
+    low: float = math.nan
+    high: float = math.nan
+    name: str = ""
+    ring: bool = False
 
 
 Place = Callable[[float], float]
@@ -76,11 +91,63 @@ def line_chart(
     def down(y: float) -> float:
         return round(TOP + (marks[-1] - y) / (marks[-1] - marks[0]) * (height - TOP - BOTTOM), 1)
 
-    parts = [head, *_axes(marks, steps, across, down, (left, right, height))]
+    names = [(step, "step 0" if step == 0 else f"{step:g}") for step in steps]
+    parts = [head, *_axes(marks, names, across, down, (left, right, height))]
     parts += [_band(band, across, down) for band in bands]
     parts += [_line(line, across, down) for line in lines]
     if best:
         parts.append(_best(best, across, down, width, height))
+    return Markup("").join([*parts, Markup("</svg>")])
+
+
+def scatter(
+    marks: Sequence[Mark],
+    *,
+    names: Sequence[tuple[float, str]],
+    ends: tuple[float, float],
+    span: tuple[float, float],
+    title: str,
+    description: str,
+    lines: Sequence[Line] = (),
+    width: int = WIDTH,
+    height: int = 280,
+) -> Markup:
+    """An `<svg>` of single points with their whiskers, above lines.
+
+    names: what stands below the axis across, and where. ends: of that axis. span: lowest and highest value of the other.
+    """
+    ys = ticks(*span, 6)
+    left, right = LEFT + LETTER * max(0, max(len(tick_label(y)) for y in ys) - 3), width - RIGHT
+
+    def across(x: float) -> float:
+        return round(left + (x - ends[0]) / (ends[1] - ends[0]) * (right - left), 1)
+
+    def down(y: float) -> float:
+        return round(TOP + (ys[-1] - y) / (ys[-1] - ys[0]) * (height - TOP - BOTTOM), 1)
+
+    parts = [_head(width, height, title, description, "wide" if width > SMALL else "small")]
+    parts += _axes(ys, names, across, down, (left, right, height))
+    parts += [_line(line, across, down) for line in lines]
+    parts += [_mark(mark, across(mark.x), down) for mark in marks]
+    named = [(mark.name, across(mark.x), down(mark.y)) for mark in marks if mark.name]
+    return Markup("").join([*parts, *_names(named, (left, width), height - BOTTOM), Markup("</svg>")])
+
+
+def whisker(low: float, mean: float, high: float, *, span: tuple[float, float], style: str) -> Markup:
+    """A small dot with its interval and a line at 0, on the scale of `span`: what it tells stands beside it as numbers."""
+
+    def across(x: float) -> float:
+        return round(6 + (x - span[0]) / (span[1] - span[0]) * 108, 1)
+
+    parts = [
+        Markup('<svg viewBox="0 0 120 16" class="whisker" aria-hidden="true">'),
+        Markup('<line x1="{0}" x2="{0}" y1="0" y2="16" class="grid zero"/>').format(across(0)),
+    ]
+    if math.isfinite(low) and math.isfinite(high):
+        bar = Markup('<line x1="{}" x2="{}" y1="8" y2="8" class="stem {}"/>')
+        parts.append(bar.format(across(low), across(high), style))
+    if math.isfinite(mean):
+        parts.append(Markup('<circle cx="{}" cy="8" r="3.5" class="dot {}"/>').format(across(mean), style))
     return Markup("").join([*parts, Markup("</svg>")])
 
 
@@ -150,7 +217,7 @@ def _unit_axes(across: Place, down: Place) -> list[Markup]:
 
 
 def _axes(
-    marks: Sequence[float], steps: Sequence[float], across: Place, down: Place, edges: tuple[int, int, int]
+    marks: Sequence[float], names: Sequence[tuple[float, str]], across: Place, down: Place, edges: tuple[int, int, int]
 ) -> list[Markup]:
     grid = Markup('<line x1="{}" x2="{}" y1="{}" y2="{}" class="{}"/>')
     label = Markup('<text x="{}" y="{}" class="label" text-anchor="{}">{}</text>')
@@ -163,10 +230,7 @@ def _axes(
             grid.format(left, right, y, y, style),
             label.format(left - 8, round(y + 4, 1), "end", tick_label(mark)),
         ]
-    for step in steps:
-        text = "step 0" if step == 0 else f"{step:g}"
-        parts.append(name.format(across(step), height - BOTTOM + 20, text))
-    return parts
+    return parts + [name.format(across(x), height - BOTTOM + 20, text) for x, text in names]
 
 
 def _band(band: Band, across: Place, down: Place) -> Markup:
@@ -188,6 +252,47 @@ def _line(line: Line, across: Place, down: Place) -> Markup:
             dot = Markup('<circle cx="{}" cy="{}" r="3" class="dot {}"><title>{}</title></circle>')
             parts += [dot.format(across(x), down(y), name, f"{line.name}, step {x:g}: {y:.4g}") for x, y in piece]
     return Markup("").join(parts)
+
+
+def _mark(mark: Mark, x: float, down: Place) -> Markup:
+    parts, y = [], down(mark.y)
+    if math.isfinite(mark.low) and math.isfinite(mark.high):
+        stem = Markup('<line x1="{x}" x2="{x}" y1="{}" y2="{}" class="stem {}"/>')
+        parts.append(stem.format(down(mark.low), down(mark.high), mark.style, x=x))
+    if mark.ring:
+        parts.append(Markup('<circle cx="{}" cy="{}" r="8" class="ring {}"/>').format(x, y, mark.style))
+    dot = Markup('<circle cx="{}" cy="{}" r="4" class="dot {}"><title>{}</title></circle>')
+    return Markup("").join([*parts, dot.format(x, y, mark.style, mark.text)])
+
+
+def _names(named: Sequence[tuple[str, float, float]], sides: tuple[int, int], bottom: int) -> list[Markup]:
+    """Names beside their points, towards the middle; one that would cover something goes to the nearest free place."""
+    text = Markup('<text x="{}" y="{}" class="label name" text-anchor="{}">{}</text>')
+    taken = [(x - 6, x + 6, y + 4) for _, x, y in named]  # from, to, line
+    steps = sorted(range(-len(named), len(named) + 1), key=abs)
+    parts = []
+    for name, x, y in sorted(named, key=lambda one: one[2]):
+        shown = name if len(name) <= NAME else f"{name[: NAME - 1]}…"
+        wide = 7 * len(shown)
+        right, left = (x + 12, x + 12 + wide), (x - 12 - wide, x - 12)
+        places = [
+            (*side, y + 4 + 14 * step)
+            for step in steps
+            for side in ((right, left) if x < sum(sides) / 2 else (left, right))
+        ]
+        start, end, line = next((place for place in places if _free(place, taken, sides, bottom)), places[0])
+        taken.append((start, end, line))
+        at, anchor = (start, "start") if start > x else (end, "end")
+        parts.append(text.format(round(at, 1), round(line, 1), anchor, shown))
+    return parts
+
+
+def _free(
+    place: tuple[float, float, float], taken: Sequence[tuple[float, float, float]], sides: tuple[int, int], bottom: int
+) -> bool:
+    start, end, line = place
+    inside = sides[0] <= start and end <= sides[1] and TOP <= line <= bottom
+    return inside and all(start > to or end < since or abs(line - other) >= 13 for since, to, other in taken)
 
 
 def _best(best: tuple[float, float], across: Place, down: Place, width: int, height: int) -> Markup:

@@ -65,7 +65,7 @@ def test_recipes_lists_what_is_shipped(hkft):
     assert all(Path(entry["path"]).is_file() and entry["title"] for entry in listed.values())
 
 
-@pytest.mark.parametrize("name", ["quickstart", "sst2-hiddenkey.yaml"])
+@pytest.mark.parametrize("name", ["quickstart", "sst2-hiddenkey.yaml", "paper/small-table1"])
 def test_a_recipe_is_printed_as_it_is(hkft, name):
     printed = hkft("recipes", name).out
     assert printed == shipped()[name.removesuffix(".yaml")].read_text(encoding="utf-8")
@@ -90,7 +90,9 @@ def test_a_recipe_is_copied_to_be_edited_and_never_overwritten(hkft):
 def test_all_recipes_are_copied_and_still_one_document(hkft):
     ran = hkft("recipes", "--copy", "mine", "--json")
     assert ran.code == 0
-    assert {path.stem for path in Path("mine").iterdir()} == set(ran.document)
+    copies = {path.relative_to("mine").with_suffix("").as_posix() for path in Path("mine").rglob("*.yaml")}
+    assert copies == set(ran.document)
+    assert {"quickstart", "paper/small-table1"} <= copies
     assert len(ran.err.splitlines()) == len(ran.document)
 
 

@@ -259,7 +259,7 @@ def test_divergence_is_exit_code_6_and_says_what_to_lower(hkft, tiny):
         (
             ["compare", "--recipe", "tiny.yaml", "--rates", "0.1,high", "--output", "out"],
             2,
-            STARTING + "error: not a list of rates\n  where    --rates\n  found    '0.1,high'\n  allowed  0.1,0.2\n",
+            "error: not a list of numbers\n  where    --rates\n  found    '0.1,high'\n  allowed  0.1,0.2\n",
         ),
     ],
     ids=["methods", "recipes", "eval", "merge", "compare", "compare --methods", "compare --rates"],

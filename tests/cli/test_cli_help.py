@@ -92,8 +92,10 @@ def test_an_unknown_command_is_a_usage_error(shell):
         (("train",), "Missing option '--recipe'"),
         (("merge", "run"), "Missing option '--output'"),
         (("eval", "run", "--splitt", "test"), "No such option: --splitt"),
-        (("compare", "--recipe", "quickstart", "--seeds", "0"), "Invalid value for '--seeds'"),
-        (("compare", "--recipe", "quickstart", "--seeds", "two"), "Invalid value for '--seeds'"),
+        (("compare", "--recipe", "quickstart", "--seeds", "0"), "the grid is empty\n  where    --seeds"),
+        (("compare", "--recipe", "quickstart", "--seeds", "two"), "not a number of seeds, nor a list of them"),
+        (("compare", "--recipe", "quickstart", "--fail-if", "gap > 1"), "not a condition\n  where    --fail-if"),
+        (("compare", "--recipe", "quickstart", "--grid", "lora.r"), "not an axis\n  where    --grid"),
     ],
 )
 def test_a_wrong_option_is_a_usage_error(hkft, args, said):

@@ -179,6 +179,39 @@ def test_compare_writes_its_tables_and_one_page(hkft, tiny):
     assert files == {"comparison.json", "comparison.md", "comparison.tex", "comparison.csv", "report.html"}
 
 
+def test_the_commands_of_a_grid_run_it(hkft, tiny):
+    """What a cluster's scheduler runs one by one is what the same call takes as done; with test rows, looked at too."""
+    args = ["compare", "--recipe", tiny, "--methods", "none,dropkey", "--seeds", "1", "--output", "grid"]
+    args += ["--set", "train.max_steps=2", "--set", "data.test=0.2"]
+    printed = hkft(*args, "--print-commands")
+    assert printed.code == 0, printed.err
+    lines = printed.out.splitlines()
+    assert len(lines) == 2
+    assert not Path("grid").exists()
+    for line in lines:
+        for command in line.split(" && "):
+            ran = hkft(*shlex.split(command)[1:])
+            assert ran.code == 0, ran.err
+    assert hkft(*args, "--print-commands").out.strip() == ""
+    ran = hkft(*args, "--json")
+    assert "note: 2 of 2 cells are done already\n" in ran.err
+    assert ran.document["main"] == "test"
+    for row in ran.document["rows"]:
+        summary = read_json(RunFolder(Path(row["runs"][0])).summary)
+        assert row["scores"]["test"]["values"] == {"1": summary["test"]["accuracy"]}
+
+
+def test_a_condition_that_holds_ends_with_7(hkft, tiny):
+    args = ["compare", "--recipe", tiny, "--methods", "none,dropkey", "--seeds", "1", "--output", "grid"]
+    args += ["--set", "train.max_steps=2"]
+    ran = hkft(*args, "--fail-if", "final.loss > 0.01")
+    assert ran.code == 7
+    assert re.search(r"dropkey: final\.loss is [\d.]+, and --fail-if final\.loss > 0\.01", ran.err)
+    assert ran.out.startswith("method")  # the table stands all the same
+    assert hkft(*args, "--fail-if", "final.loss > 100").code == 0
+    assert hkft(*args, "--require", "better").code == 7
+
+
 def test_a_cell_that_fails_is_told_and_leaves_the_others(hkft, tiny):
     args = ["compare", "--recipe", tiny, "--methods", "none,dropkey", "--seeds", "1", "--output", "grid"]
     args += ["--set", "train.max_steps=2"]

@@ -82,12 +82,13 @@ class _Stub:
         self.errors = errors
         self.calls: list[tuple[str, bool]] = []
 
-    def __call__(self, recipe, *, output, resume, tell):
-        self.calls.append((Path(output).name, resume))
+    def __call__(self, cell, folder, resume, tell):
+        recipe = cell.recipe
+        self.calls.append((folder.path.name, resume))
         error = self.errors.get(f"{recipe.method.name.replace('-', '_')}{recipe.seed}")
         if error:
             raise error
-        _write_run(Path(output), recipe, accuracy=0.8 + recipe.seed / 100)
+        _write_run(folder.path, recipe, accuracy=0.8 + recipe.seed / 100)
 
 
 @pytest.fixture

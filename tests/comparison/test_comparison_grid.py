@@ -27,23 +27,23 @@ def test_cells_are_in_order_of_the_seeds_and_named_by_their_content(recipe):
         "hiddenkey-, seed 4",
     ]
     for cell in cells:
-        assert (cell.recipe.method.name, cell.recipe.seed) == (cell.method, cell.seed)
+        assert (cell.recipe.method.name, f"{cell.row}, seed {cell.recipe.seed}") == (cell.row, cell.title)
         assert cell.name.endswith("-" + cell.recipe.fingerprint()[:6])
         assert cell.recipe.train == recipe.train
     assert len({cell.recipe.fingerprint() for cell in cells}) == 4
 
 
 def test_rates_are_an_axis_of_methods_that_have_one(recipe):
-    cells = grid.cells(recipe, ["none", "dropkey"], [7], [0.1, 0.2, 0.1])
+    cells = grid.cells(recipe, ["none", "dropkey"], [7], {"dropout.rate": [0.1, 0.2, 0.1]})
     assert names(cells) == ["none-s7", "dropkey-p0.1-s7", "dropkey-p0.2-s7"]
-    assert [cell.rate for cell in cells] == [None, 0.1, 0.2]
+    assert [cell.row for cell in cells] == ["none", "dropkey p=0.1", "dropkey p=0.2"]
     assert cells[2].recipe.method.sites[0].rate == 0.2
     assert cells[2].title == "dropkey p=0.2, seed 7"
 
 
 def test_the_recipes_own_sites_are_a_method_too(recipe):
     own = recipe.replace("dropout.sites=[{position: hidden, rate: 0.3}]")
-    cells = grid.cells(own, ["none", "custom"], 1, [0.1, 0.2])
+    cells = grid.cells(own, ["none", "custom"], 1, {"dropout.rate": [0.1, 0.2]})
     assert names(cells) == ["none-s1", "custom-s1"]  # every site names its rate: no axis
     assert cells[1].recipe.method == own.method
     assert cells[0].recipe.method.sites == ()
@@ -51,7 +51,7 @@ def test_the_recipes_own_sites_are_a_method_too(recipe):
 
 def test_every_unknown_method_and_rate_is_told_at_once(recipe):
     with pytest.raises(MethodError) as error:
-        grid.cells(recipe, ["none", "dropkee", "hidenkey"], 1, [0.1, 1.5])
+        grid.cells(recipe, ["none", "dropkee", "hidenkey"], 1, {"dropout.rate": [0.1, 1.5]})
     known = ", ".join(METHODS)
     assert str(error.value) == (
         f"--methods: there is no method 'dropkee'\n  allowed: {known}\n  hint: did you mean 'dropkey'?\n"
@@ -60,12 +60,12 @@ def test_every_unknown_method_and_rate_is_told_at_once(recipe):
     )
 
 
-@pytest.mark.parametrize(("methods", "seeds", "rates", "flag"), [
-    ([], 1, None, "--methods"), (["none"], 0, None, "--seeds"), (["none"], 1, [], "--rates"),
+@pytest.mark.parametrize(("methods", "seeds", "axes", "flag"), [
+    ([], 1, {}, "--methods"), (["none"], 0, {}, "--seeds"), (["none"], 1, {"lora.r": []}, "--grid lora.r"),
 ])  # fmt: skip
-def test_an_empty_grid_is_refused(recipe, methods, seeds, rates, flag):
+def test_an_empty_grid_is_refused(recipe, methods, seeds, axes, flag):
     with pytest.raises(UsageError) as error:
-        grid.cells(recipe, methods, seeds, rates)
+        grid.cells(recipe, methods, seeds, axes)
     assert str(error.value) == f"{flag}: the grid is empty\n  allowed: at least one"
 
 
@@ -87,16 +87,16 @@ def test_a_grid_runs_every_cell_once_and_says_where_it_is(stub, recipe, tmp_path
 
 def test_a_run_of_another_recipe_is_not_taken_for_done(stub, recipe, tmp_path):
     cells, train = grid.cells(recipe, ["none"], 1), stub()
-    grid.run(cells, tmp_path, train=train)
-    grid.run(grid.cells(recipe.replace("lora.r=8"), ["none"], 1), tmp_path, train=train)
+    grid.run(cells, tmp_path, runner=train)
+    grid.run(grid.cells(recipe.replace("lora.r=8"), ["none"], 1), tmp_path, runner=train)
     assert len(train.calls) == 2
     assert len(list(tmp_path.glob("none-s1-*"))) == 2
 
 
 def test_a_run_with_the_rate_of_the_recipe_serves_a_grid_of_rates(stub, recipe, tmp_path):
-    grid.run(grid.cells(recipe, ["dropkey"], 1), tmp_path, train=stub())
+    grid.run(grid.cells(recipe, ["dropkey"], 1), tmp_path, runner=stub())
     train = stub()
-    outcomes = grid.run(grid.cells(recipe, ["dropkey"], 1, [0.1, 0.2]), tmp_path, train=train)
+    outcomes = grid.run(grid.cells(recipe, ["dropkey"], 1, {"dropout.rate": [0.1, 0.2]}), tmp_path, runner=train)
     assert [name.rpartition("-")[0] for name, _ in train.calls] == ["dropkey-p0.2-s1"]
     assert outcomes[0].folder.name.startswith("dropkey-s1-")
 
@@ -115,7 +115,7 @@ def unfinished(folder: Path, cell: grid.Cell, checkpoint: bool) -> RunFolder:
 def test_an_unfinished_cell_is_resumed_where_it_has_a_checkpoint(stub, recipe, tmp_path):
     (cell,), train = grid.cells(recipe, ["none"], 1), stub()
     run = unfinished(tmp_path, cell, checkpoint=True)
-    grid.run([cell], tmp_path, train=train)
+    grid.run([cell], tmp_path, runner=train)
     assert train.calls == [(cell.name, True)]
     assert run.checkpoints.exists()
 
@@ -124,7 +124,7 @@ def test_an_unfinished_cell_without_one_begins_anew(recipe, tmp_path):
     (cell,) = grid.cells(recipe, ["none"], 1)
     run = unfinished(tmp_path, cell, checkpoint=False)
     seen = []
-    grid.run([cell], tmp_path, train=lambda recipe, *, output, **how: seen.append((output.exists(), how["resume"])))
+    grid.run([cell], tmp_path, lambda cell, folder, resume, tell: seen.append((folder.path.exists(), resume)))
     assert seen == [(False, False)]
     assert not run.exists
 
@@ -132,7 +132,7 @@ def test_an_unfinished_cell_without_one_begins_anew(recipe, tmp_path):
 def test_a_folder_that_is_no_run_is_left_for_training_to_refuse(stub, recipe, tmp_path):
     (cell,), train = grid.cells(recipe, ["none"], 1), stub()
     write_text(tmp_path / cell.name / "diary.txt", "mine")
-    grid.run([cell], tmp_path, train=train)
+    grid.run([cell], tmp_path, runner=train)
     assert (tmp_path / cell.name / "diary.txt").read_text() == "mine"
 
 
@@ -152,14 +152,14 @@ def test_a_failed_cell_is_recorded_and_the_rest_goes_on(stub, recipe, tmp_path):
 def test_an_interrupt_and_a_fault_of_ours_end_the_grid(stub, recipe, tmp_path, stop):
     train = stub(none2=stop)
     with pytest.raises(type(stop)):
-        grid.run(grid.cells(recipe, ["none", "dropkey"], 2), tmp_path, train=train)
+        grid.run(grid.cells(recipe, ["none", "dropkey"], 2), tmp_path, runner=train)
     assert len(train.calls) == 3
 
 
 def test_a_grid_is_run_compared_and_written(stub, recipe, tmp_path):
     train = stub(dropkey2=DivergedError("nan"))
     found, folder = api.compare(
-        recipe.path, ["none", "dropkey"], 2, overrides=["lora.r=2"], output=tmp_path / "g", train=train
+        recipe.path, ["none", "dropkey"], 2, overrides=["lora.r=2"], output=tmp_path / "g", runner=train
     )
     assert folder == tmp_path / "g"
     assert [row.label for row in found.rows] == ["none", "dropkey"]
@@ -176,17 +176,10 @@ def test_a_grid_is_run_compared_and_written(stub, recipe, tmp_path):
 def test_a_grid_of_which_nothing_is_left_raises_what_its_cells_raised(stub, recipe, tmp_path):
     error = DataError("the file is empty", where="rows.csv")
     with pytest.raises(HkftError) as raised:
-        api.compare(recipe.path, ["none"], 2, output=tmp_path / "g", train=stub(none1=error, none2=error))
+        api.compare(recipe.path, ["none"], 2, output=tmp_path / "g", runner=stub(none1=error, none2=error))
     assert type(raised.value) is DataError
     assert str(raised.value) == "rows.csv: the file is empty"
     assert not (tmp_path / "g" / "comparison.json").exists()
-
-
-@pytest.mark.parametrize("text", ["0.1,x", "", "nan", "0.1,,0.2"])
-def test_rates_that_are_no_numbers(text):
-    with pytest.raises(UsageError) as error:
-        grid.read_rates(text)
-    assert str(error.value) == f"--rates: not a list of rates\n  found: {text!r}\n  allowed: 0.1,0.2"
 
 
 def test_the_default_folder(recipe):

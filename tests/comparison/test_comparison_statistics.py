@@ -1,6 +1,7 @@
 """The statistics against simulated data whose truth is known, and against numbers worked out by hand."""
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -8,11 +9,14 @@ from scipy import stats
 
 from hkft.comparison.statistics import (
     Difference,
+    McNemar,
     Sample,
     against,
     critical_t,
     describe,
+    hedges,
     holm,
+    mcnemar,
     needed_seeds,
     paired_power,
 )
@@ -113,6 +117,116 @@ def test_holm_by_hand():
     assert holm([0.005, 0.2, 0.7]) == pytest.approx([0.015, 0.4, 0.7])
     assert holm([0.9, 0.6]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+def test_holm_of_the_textbook_example():
+    # Wikipedia, "Holm-Bonferroni method": H1 and H4 are rejected at 0.05, H2 and H3 are not
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_holm_is_the_closure_of_bonferroni():
+    """Its definition: the largest Bonferroni p of any set of hypotheses that holds this one."""
+    rng = np.random.default_rng(2)
+    for _ in range(50):
+        p = rng.random(int(rng.integers(1, 6))) ** 3
+        sets = [c for size in range(1, len(p) + 1) for c in combinations(range(len(p)), size)]
+        closed = [max(min(1.0, len(c) * min(p[list(c)])) for c in sets if i in c) for i in range(len(p))]
+        assert holm(p.tolist()) == pytest.approx(closed)
+
+
+def test_true_differences_of_some_methods_do_not_make_the_others_different():
+    rng = np.random.default_rng(7)
+    wrong = found = 0
+    for _ in range(250):
+        baseline = by_seed(rng.normal(0.8, 0.01, 5))
+        shifts = {"a": 0.06, "b": -0.06, "c": 0.0, "d": 0.0, "e": 0.0}
+        methods = {name: by_seed(rng.normal(0.8 + shift, 0.01, 5)) for name, shift in shifts.items()}
+        words = {name: d.word for name, d in against(methods, baseline, lower_is_better=False).items()}
+        wrong += any(words[name] != "cannot tell" for name in "cde")
+        found += (words["a"] == "better") + (words["b"] == "worse")
+    assert wrong / 250 <= 0.065
+    assert found / 500 > 0.8
+
+
+def test_effect_by_hand():
+    # differences 1, 2, 6: mean 3, std sqrt(7), J = 1 - 3 / 7
+    assert one([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]).effect == pytest.approx(3 / math.sqrt(7) * 4 / 7)
+    assert one([1.0, 2.0, 3.0], [2.0, 4.0, 9.0], lower_is_better=True).effect == pytest.approx(
+        -3 / math.sqrt(7) * 4 / 7
+    )
+
+
+@pytest.mark.parametrize("seeds", [4, 6, 12])
+def test_the_effect_is_right_on_average(seeds):
+    drawn = np.random.default_rng(seeds).normal(0.7, 1.0, (20_000, seeds))
+    found = [hedges(mean, std, seeds) for mean, std in zip(drawn.mean(1), drawn.std(1, ddof=1), strict=True)]
+    assert np.mean(found) == pytest.approx(0.7, abs=0.03)
+    assert np.mean(drawn.mean(1) / drawn.std(1, ddof=1)) > 0.74  # uncorrected
+
+
+NO_EFFECT = {
+    "one seed": ([0.9], [0.8]),
+    "two seeds": ([0.9, 0.8], [0.7, 0.7]),
+    "the same on each": ([0.81, 0.79, 0.8], [0.80, 0.78, 0.79]),
+    "undefined": ([0.9, math.nan, 0.7, 0.6], [0.8] * 4),
+}
+
+
+@pytest.mark.parametrize(("method", "baseline"), NO_EFFECT.values(), ids=NO_EFFECT)
+def test_no_effect_where_it_is_undefined(method, baseline):
+    assert one(method, baseline).effect is None
+
+
+@pytest.mark.parametrize(("lower_is_better", "tally"), [(False, (2, 1, 1)), (True, (1, 1, 2))])
+def test_wins_ties_and_losses(lower_is_better, tally):
+    # 0.1 + 0.2 is not 0.3 but for rounding; seed 5 is undefined, and no one wins it
+    found = one([0.9, 0.8, 0.1 + 0.2, 0.5, math.nan], [0.8, 0.7, 0.3, 0.6, 0.8], lower_is_better)
+    assert (found.wins, found.ties, found.losses) == tally
+    unpaired = against({"m": {1: 0.9}}, {2: 0.8}, lower_is_better=lower_is_better)["m"]
+    assert (unpaired.wins, unpaired.ties, unpaired.losses) == (0, 0, 0)
+
+
+def test_the_order_of_seeds_changes_nothing():
+    rng = np.random.default_rng(11)
+    values, baseline = by_seed(rng.random(6)), by_seed(rng.random(6))
+    mixed = {seed: values[seed] for seed in (4, 1, 6, 2, 5, 3)}
+    expected = against({"m": values}, baseline, lower_is_better=True)
+    assert against({"m": mixed}, baseline, lower_is_better=True) == expected
+
+
+def test_mcnemar_by_hand():
+    method = [1] * 6 + [0] + [1] * 5 + [0] * 5
+    baseline = [0] * 6 + [1] + [1] * 5 + [0] * 5
+    # 2 * P(at most 1 of 7 fair coins) = 2 * (1 + 7) / 128
+    assert mcnemar(method, baseline) == McNemar(6, 1, pytest.approx(0.125))
+    assert mcnemar(baseline, method) == McNemar(1, 6, pytest.approx(0.125))
+    assert mcnemar(np.array(method, bool), np.array(baseline, bool)).only_method == 6
+
+
+def test_mcnemar_of_runs_that_never_differ():
+    assert mcnemar([True, False], [True, False]) == McNemar(0, 0, 1.0)
+    assert mcnemar([], []) == McNemar(0, 0, 1.0)
+
+
+def test_mcnemar_of_few_examples_has_a_least_p():
+    assert mcnemar([1] * 5, [0] * 5).p == pytest.approx(2 / 2**5)
+
+
+@pytest.mark.parametrize(("method", "baseline"), [([1, 0], [1]), ([1.0, math.nan], [1.0, 0.0]), ([0.3], [1.0]), (1, 0)])
+def test_mcnemar_takes_right_or_wrong_of_the_same_examples(method, baseline):
+    with pytest.raises(AssertionError):
+        mcnemar(method, baseline)
+
+
+def test_mcnemar_is_conservative_and_finds_what_is_there():
+    rng = np.random.default_rng(12)
+
+    def share(only_method, only_baseline):
+        kinds = rng.choice(3, (600, 400), p=[only_method, only_baseline, 1 - only_method - only_baseline])
+        return np.mean([mcnemar(row == 0, row == 1).p < 0.05 for row in kinds])
+
+    assert 0.01 < share(0.05, 0.05) <= 0.05
+    assert share(0.09, 0.03) > 0.85
 
 
 @pytest.mark.parametrize(("effect", "seeds"), [(0.2, 199), (0.5, 34), (0.8, 15), (1.0, 10)])

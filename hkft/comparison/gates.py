@@ -1,0 +1,88 @@
+"""What must hold of a comparison for a build to go on: `--fail-if "gap.loss > 0.3"`, `--require better`."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hkft.comparison.compare import Comparison, Row
+from hkft.errors import UsageError, nearest
+from hkft.folder import RunFolder, read_json
+
+# A name's first part -> where summary.json has the rest.
+PLACES: Mapping[str, tuple[str, ...]] = {
+    "test": ("test",),
+    "best": ("best", "validation"),
+    "final": ("final", "validation"),
+    "gap": ("gap", "final"),
+    "best_gap": ("gap", "best"),
+}
+SIGNS: Mapping[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt,
+}  # fmt: skip
+REQUIRED: Mapping[str, tuple[str, ...]] = {"better": ("better",), "not worse": ("better", "cannot tell")}
+CONDITION = re.compile(r"\s*([\w.]+)\s*(>=|<=|>|<)\s*(-?[\d.]+(?:[eE][+-]?\d+)?)\s*")
+
+
+def check(condition: str) -> tuple[str, str, float]:
+    """`gap.loss > 0.3` as name, sign and number. Raises UsageError for what is none."""
+    found = CONDITION.fullmatch(condition)
+    name = found[1] if found else condition.split()[0] if condition.split() else ""
+    known = [*(f"{part}.<metric>" for part in PLACES), "time"]
+    part, _, rest = name.partition(".")
+    if not found or (name != "time" and (part not in PLACES or not rest)):
+        raise UsageError(
+            "not a condition",
+            where="--fail-if",
+            found=repr(condition),
+            allowed=f'a name, a sign and a number, such as "gap.loss > 0.3"; names: {", ".join(known)}',
+            hint=nearest(part, PLACES),
+        )
+    try:
+        return name, found[2], float(found[3])
+    except ValueError:
+        raise UsageError("not a number", where="--fail-if", found=found[3], allowed="0.3") from None
+
+
+def failures(comparison: Comparison, conditions: Sequence[str] = (), require: str | None = None) -> list[str]:
+    """A sentence for everything that does not hold, of the rows that stand for their methods; none: all is well.
+
+    A condition is of a mean over seeds; time is the ratio to the baseline's. require: what must be said of every row but
+    the baseline's, "better" or "not worse". Raises UsageError for another word, and where no run has such a number.
+    """
+    if require is not None and require not in REQUIRED:
+        raise UsageError("no such word", where="--require", found=repr(require), allowed=", ".join(REQUIRED))
+    said = []
+    for condition in conditions:
+        name, sign, bound = check(condition)
+        for row in comparison.compared:
+            value = _value(row, name)
+            if SIGNS[sign](value, bound):
+                said.append(f"{row.label}: {name} is {value:.4g}, and --fail-if {condition}")
+    for row in comparison.compared if require else ():
+        difference = row.scores[comparison.main].difference
+        if difference is not None and difference.word not in REQUIRED[require or ""]:
+            said.append(f"{row.label} against {row.baseline}: {difference.text}, and --require {require}")
+    return said
+
+
+def _value(row: Row, name: str) -> float:
+    if name == "time":
+        return row.time_ratio or float("nan")
+    part, _, rest = name.partition(".")
+    values = [_at(read_json(RunFolder(run).summary), (*PLACES[part], rest)) for run in map(Path, row.runs)]
+    known = [value for value in values if value is not None]
+    if not known:
+        raise UsageError(f"no run of {row.label} has a number {name}", where="--fail-if")
+    return fmean(known)
+
+
+def _at(summary: Mapping[str, Any], place: Sequence[str]) -> float | None:
+    value: Any = summary
+    for part in place:
+        value = (value or {}).get(part)
+    return value

@@ -1,0 +1,81 @@
+"""What runs of one process share: rows that are read and tokenised already, and the base model as it was loaded.
+
+A run takes from the shelf what it would have made itself, bit for bit: the rows of one seed, a copy of the weights, and the
+random stream where loading left it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from hkft.events import Event, Listener, Notice, Sample
+from hkft.model import build
+from hkft.recipe import Recipe
+from hkft.training.prepare import Material, prepare
+
+SHARE = 0.25  # of the memory that is free, which a second copy of the weights may take
+
+
+@dataclass
+class Shelf:
+    """Keeps the last of each kind: a grid goes seed by seed, and its rows are drawn with the seed. keeps: whether it does."""
+
+    keeps: bool = True
+    material_of: tuple[Hashable, Material, list[Event]] | None = None
+    base_of: tuple[Hashable, PreTrainedModel, Any] | None = None
+    taken: dict[str, int] = field(default_factory=lambda: {"material": 0, "base": 0})  # how often it was there
+
+    def material(self, recipe: Recipe, tell: Listener) -> Material:
+        """As `prepare`, with the notices told again."""
+        key = _key(recipe, "task", "data", "model", "generation", "diagnostics.probe_size", "seed")
+        if self.material_of and self.material_of[0] == key:
+            self.taken["material"] += 1
+            for event in self.material_of[2]:
+                tell(event)
+            return self.material_of[1]
+        told: list[Event] = []
+
+        def heard(event: Event) -> None:
+            if isinstance(event, Notice | Sample):
+                told.append(event)
+            tell(event)
+
+        made = prepare(recipe, heard)
+        self.material_of = (key, made, told) if self.keeps else None
+        return made
+
+    def base(self, recipe: Recipe, material: Material) -> PreTrainedModel:
+        """As `build.base`. Quantised weights, and those that free memory would not hold twice, are loaded anew."""
+        key = _key(recipe, "task", "model", "seed")
+        if self.base_of and self.base_of[0] == key:
+            self.taken["base"] += 1
+            torch.set_rng_state(self.base_of[2])
+            return copy.deepcopy(self.base_of[1])
+        self.base_of = None
+        made = build.base(recipe, material.labels, build.padding_id(material.tokenizer))
+        if self.keeps and recipe.model.quantization == "none" and _fits_twice(made):
+            self.base_of = (key, copy.deepcopy(made), torch.get_rng_state())
+        return made
+
+
+def _key(recipe: Recipe, *wanted: str) -> Hashable:
+    values = recipe.values()
+    found = []
+    for name in wanted:
+        section, _, key = name.partition(".")
+        found.append(repr(values[section][key] if key else values[section]))
+    return tuple(found)
+
+
+def _fits_twice(model: PreTrainedModel) -> bool:
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    place = next(model.parameters()).device
+    free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else psutil.virtual_memory().available
+    return size <= SHARE * free
