@@ -109,7 +109,7 @@ def compare(
         outcomes = processes.run(cells, folder, jobs, tell)
     else:
         outcomes = grid.run(cells, folder, runner or _runner(), tell)
-    done = [outcome.folder for outcome in outcomes if outcome.status != "failed"]
+    done = [outcome.folder for outcome in outcomes if outcome.status in ("finished", "skipped")]
     failed = {outcome.cell.title: comparing.Failure.of(outcome.cause) for outcome in outcomes if outcome.cause}
     if not done:
         raise grid.nothing_finished(outcomes)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from hkft.errors import DataError, UsageError
 from hkft.events import Event, Stage, as_record
@@ -77,6 +80,36 @@ class RunFolder:
     def status(self) -> str | None:
         """`finished`, `running`, `interrupted`, `failed`, or None where there is no run."""
         return read_json(self.summary)["status"] if self.summary.exists() else None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The run is written to by this process alone. Raises UsageError where another one does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._lock)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise UsageError("another process is writing this run", where=str(self.path), hint="wait for it") from None
+        try:
+            yield
+        finally:
+            self._lock.unlink(missing_ok=True)
+            lock.release()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a process is writing this run. One that was killed is not."""
+        if not self._lock.exists():
+            return False
+        try:
+            with FileLock(self._lock, blocking=False):
+                return False
+        except Timeout:
+            return True
+
+    @property
+    def _lock(self) -> Path:
+        return self.path / ".lock"
 
     def append(self, event: Event) -> None:
         """One line of metrics.jsonl. A stage's progress is for the eyes only, and is not kept."""

@@ -57,10 +57,16 @@ def compare(
         )
     from hkft.comparison import gates, options
     from hkft.view.compare import show_comparison
+    from hkft.view.errors import show_error
     from hkft.view.terminal import view
 
     for condition in fail_if or ():
         gates.check(condition)
+    gates.check_word(require)
+    of_grid = {"--methods": methods, "--seeds": seeds, "--rates": rates, "--ranks": ranks, "--grid": grid, "--set": set}
+    of_grid |= {"--jobs": jobs > 1, "--print-commands": print_commands}
+    if runs and (given := [name for name, value in of_grid.items() if value]):
+        raise UsageError("runs that exist are compared as they are", where=", ".join(given), hint="leave it out")
     folder, named = output, options.names(methods)
     asked = (
         named,
@@ -80,9 +86,12 @@ def compare(
             result, folder = api.compare(recipe, *asked, output=output, **told)
         else:
             result = api.compare_runs(runs or [], output=output, baseline=baseline, paper=paper)
-    show_json(result.as_dict()) if json else show_comparison(result, folder)
-    if broken := gates.failures(result, fail_if or (), require):
-        raise CheckFailedError(problems=[Problem(sentence) for sentence in broken])
+    broken = gates.failures(result, fail_if or (), require)
+    show_json({**result.as_dict(), "broken": broken}) if json else show_comparison(result, folder)
+    if broken:
+        told = CheckFailedError(problems=[Problem(sentence) for sentence in broken])
+        show_error(told)
+        raise typer.Exit(told.exit_code)
     if result.failed:
         raise typer.Exit(next(iter(result.failed.values())).exit_code)
     return None
@@ -93,4 +102,4 @@ def _print_commands(recipe: str, asked: tuple, output: Path | None, json: bool) 
     from hkft.comparison.grid import commands
 
     lines = commands(*api.plan(recipe, *asked, output=output))
-    show_json({"commands": lines}) if json else typer.echo("\n".join(lines))
+    show_json({"commands": lines}) if json else typer.echo("".join(f"{line}\n" for line in lines), nl=False)

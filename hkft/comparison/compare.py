@@ -12,7 +12,7 @@ from typing import Any
 from hkft.comparison import paper
 from hkft.comparison.bootstrap import Bootstrap, Pair, bootstrap
 from hkft.comparison.choice import Standing, standings
-from hkft.comparison.fairness import notes, unfair
+from hkft.comparison.fairness import chosen_by_few, notes, unfair
 from hkft.comparison.foreign import Foreign, told_apart
 from hkft.comparison.runs import Examples, Group, Run, finished, grouped
 from hkft.comparison.statistics import Difference, McNemar, Sample, describe, mcnemar, of_pairs
@@ -177,7 +177,13 @@ def compare(
     task, metric = _common(runs)
     groups, repeated = grouped(runs, names)
     standing = standings(groups, baseline)
-    compared = measures(metric, all(run.summary.get("test") for run in runs))
+    tested = [bool(run.summary.get("test")) for run in runs]
+    compared = measures(metric, all(tested))
+    if any(tested) and not all(tested):
+        lacking = [str(run.folder) for run in runs if not run.summary.get("test")]
+        left_out.append(
+            f"validation is compared, as test rows were not looked at in {', '.join(lacking)}: hkft eval RUN --split test"
+        )
     scores = {
         measure.key: _scores(groups, standing, measure, metric if n == 0 else None)
         for n, measure in enumerate(compared)
@@ -202,7 +208,7 @@ def compare(
         measures=compared,
         rows=tuple(_finished(rows, groups, compared[0], paper_cell)),
         notes=tuple(notes(groups, standing, metric, compared[0].split)),
-        warnings=(*left_out, *repeated, *pairs),
+        warnings=(*left_out, *repeated, *chosen_by_few(groups, standing), *pairs),
         failed=dict(failed or {}),
         curves=tuple(
             _curve(group.label, group.runs[seed], metric) for group in groups.values() for seed in group.seeds

@@ -19,6 +19,8 @@ SHARED: dict[str, Callable[[Run], Any]] = {
     "number of steps": lambda run: run.summary["total_steps"],
     "test rows": lambda run: run.summary.get("test_rows"),
     "model": lambda run: run.summary["model"],
+    "revision of the model": lambda run: (run.environment.get("model") or {}).get("revision"),
+    "versions": lambda run: _versions(run),
     "tokenizer": lambda run: run.environment.get("tokenizer"),
     "device, so that their times cannot be compared": lambda run: run.device,
 }
@@ -34,8 +36,9 @@ def unfair(group: Group, baseline: Group) -> list[str]:
         if seeds:
             found = " and ".join(_show(read(of.runs[seeds[0]])) for of in (group, baseline))
             sentences.append(f"{pair} are no fair pair: other {name} ({_seeds(seeds)}: {found})")
+    variant = set(group.settings) if group.method == baseline.method else set()  # what it is there to differ in
     for key in differing([group.first, baseline.first]):
-        if not key.startswith("dropout.") and key != "model.name" and key not in group.settings:
+        if not key.startswith("dropout.") and key != "model.name" and key not in variant:
             found = " and ".join(_show(of.first.settings.get(key)) for of in (group, baseline))
             sentences.append(f"{pair} differ in more than dropout: {key} is {found}")
     alone = [(a.label, [seed for seed in a.seeds if seed not in b.runs]) for a, b in _both(group, baseline)]
@@ -57,8 +60,11 @@ def notes(groups: Mapping[str, Group], standing: Mapping[str, Standing], metric:
     ]
     sentences += _tuning(groups, standing, split)
     bases = {each.baseline for each in standing.values()}
-    compared = [label for label, each in standing.items() if each.chosen and label not in bases]
-    if compared:
+    compared = [label for label, each in standing.items() if each.chosen and each.baseline != label]
+    most = max(len(group.runs) for group in groups.values())
+    if compared and most == 1:
+        sentences.append(f"differences are to {' or '.join(sorted(bases))}; one seed has no p over seeds")
+    elif compared:
         corrected = f", Holm-corrected over {len(compared)} comparisons (the intervals are not)" if compared[1:] else ""
         sentences.append(
             f"differences are to {' or '.join(sorted(bases))}, paired by seed, with 95 % intervals; "
@@ -68,19 +74,37 @@ def notes(groups: Mapping[str, Group], standing: Mapping[str, Standing], metric:
     if compared and 1 < fewest < SMALL:
         sentences.append(f"with {fewest} seeds a paired t test needs |t| > {critical_t(fewest):.2f}")
     sentences += _rows(groups, split)
+    jobs = max(run.environment.get("jobs") or 1 for run in runs)
+    if jobs > 1:
+        sentences.append(
+            f"{jobs} cells ran at a time: their times, and what follows from them, are of a shared machine"
+        )
     if any(run.device.startswith("cpu") for run in runs):
         sentences.append("on a CPU peak memory is the process's: within one grid a later run never shows less")
     return sentences
 
 
+def chosen_by_few(groups: Mapping[str, Group], standing: Mapping[str, Standing]) -> list[str]:
+    """A sentence for each choice among settings of which some lack seeds."""
+    return [
+        f"{label} was chosen by {each.by} seed{'s' * (each.by != 1)}, as not all {each.tried} settings tried have the same"
+        for label, each in standing.items()
+        if each.chosen and each.tried > 1 and each.by < max(len(groups[other].runs) for other in groups)
+    ]
+
+
 def _tuning(groups: Mapping[str, Group], standing: Mapping[str, Standing], split: str) -> list[str]:
     """How many settings of each method were tried, where that is more than one of any."""
-    tried = {groups[label].method: each.tried for label, each in standing.items() if each.chosen}
+    tried: dict[str, int] = {}
+    for label, each in standing.items():
+        tried[groups[label].method] = max(each.tried, tried.get(groups[label].method, 1))
     if max(tried.values(), default=1) == 1:
         return []
     budget = ", ".join(f"{method} {count}" for method, count in tried.items())
     told = f"settings tried: {budget}; of each method the one that was best on validation stands for it"
-    return [told + ("" if split == "test" else ", on the rows that are reported: its number is optimistic too")]
+    return [
+        told + ("" if split == "test" else ", on the rows that are reported: its number and its p are optimistic too")
+    ]
 
 
 def _rows(groups: Mapping[str, Group], split: str) -> list[str]:
@@ -100,6 +124,12 @@ def _rows(groups: Mapping[str, Group], split: str) -> list[str]:
 
 def _both(group: Group, baseline: Group) -> list[tuple[Group, Group]]:
     return [(group, baseline), (baseline, group)]
+
+
+def _versions(run: Run) -> str:
+    """Of what computes: other ones may give other numbers."""
+    found = run.environment.get("versions") or {}
+    return ", ".join(f"{name} {found[name]}" for name in ("hkft", "torch", "transformers", "peft") if name in found)
 
 
 def _show(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +32,13 @@ def told_apart(places: Sequence[str | Path]) -> tuple[list[Path], list[Foreign]]
     """The run folders of hkft's among the places, and the curves. Raises UsageError for what is neither."""
     own, curves = [], []
     for place in map(Path, places):
-        if place.exists() and not RunFolder(place).exists:
-            curves.append(_read(place))
-        else:
+        inside = [each for each in sorted(place.glob("*-s*")) if RunFolder(each).exists] if place.is_dir() else []
+        if RunFolder(place).exists or not place.exists():
             own.append(place)
+        elif inside:  # the folder of a grid
+            own += inside
+        else:
+            curves.append(_read(place))
     return own, curves
 
 
@@ -42,20 +46,20 @@ def _read(place: Path) -> Foreign:
     try:
         found = foreign.read(place)
     except HkftError as error:
-        if place.is_dir():
-            raise UsageError(
-                "this is neither a run folder nor a folder with a trainer_state.json",
-                where=str(place),
-                allowed="a folder that `hkft train` has written, or a curve of another tool",
-            ) from error
-        raise
-    losses = [point.validation_loss for point in found.curve]
+        if not place.is_dir() or not error.problems[0].message.startswith("no training curve is in this folder"):
+            raise
+        raise UsageError(
+            "this is neither a run folder nor a curve of another tool",
+            where=str(place),
+            allowed="a folder that `hkft train` or `hkft compare` has written, a trainer_state.json, a table of losses",
+        ) from error
+    losses = [point.validation_loss for point in found.curve if math.isfinite(point.validation_loss)]
     last = found.curve[-1]
     name = place.parent.name if place.name == "trainer_state.json" and place.parent.name else place.name
     return Foreign(
         label=name,
         source=found.source,
-        best_loss=min(losses),
+        best_loss=min(losses, default=math.nan),
         final_loss=last.validation_loss,
         final_gap=last.validation_loss - last.train_loss,
         verdict=verdict(found.curve, metric=found.metric).name,

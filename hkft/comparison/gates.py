@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,7 @@ def check(condition: str) -> tuple[str, str, float]:
             where="--fail-if",
             found=repr(condition),
             allowed=f'a name, a sign and a number, such as "gap.loss > 0.3"; names: {", ".join(known)}',
-            hint=nearest(part, PLACES),
+            hint=f"{part}.loss, for one" if part in PLACES else nearest(part, PLACES),
         )
     try:
         return name, found[2], float(found[3])
@@ -48,37 +49,44 @@ def check(condition: str) -> tuple[str, str, float]:
         raise UsageError("not a number", where="--fail-if", found=found[3], allowed="0.3") from None
 
 
+def check_word(require: str | None) -> None:
+    """Raise UsageError for what `--require` does not know."""
+    if require is not None and require not in REQUIRED:
+        raise UsageError("no such word", where="--require", found=repr(require), allowed=", ".join(REQUIRED))
+
+
 def failures(comparison: Comparison, conditions: Sequence[str] = (), require: str | None = None) -> list[str]:
     """A sentence for everything that does not hold, of the rows that stand for their methods; none: all is well.
 
-    A condition is of a mean over seeds; time is the ratio to the baseline's. require: what must be said of every row but
-    the baseline's, "better" or "not worse". Raises UsageError for another word, and where no run has such a number.
+    A condition is of a mean over seeds; time is the ratio to the baseline's; what is not known fails. require: what must be
+    said of every other method than the baseline's, "better" or "not worse", which "cannot tell" is. Raises UsageError where
+    no run has such a number.
     """
-    if require is not None and require not in REQUIRED:
-        raise UsageError("no such word", where="--require", found=repr(require), allowed=", ".join(REQUIRED))
+    check_word(require)
     said = []
     for condition in conditions:
         name, sign, bound = check(condition)
         for row in comparison.compared:
             value = _value(row, name)
-            if SIGNS[sign](value, bound):
-                said.append(f"{row.label}: {name} is {value:.4g}, and --fail-if {condition}")
+            if SIGNS[sign](value, bound) or math.isnan(value):
+                known = "unknown" if math.isnan(value) else f"{value:.4g}"
+                said.append(f"{row.label}: {name} is {known}, and --fail-if {condition}")
+    methods = {row.label: row.method for row in comparison.rows}
     for row in comparison.compared if require else ():
-        difference = row.scores[comparison.main].difference
-        if difference is not None and difference.word not in REQUIRED[require or ""]:
+        difference, control = row.scores[comparison.main].difference, row.method == methods[row.baseline]
+        if difference is not None and not control and difference.word not in REQUIRED[require or ""]:
             said.append(f"{row.label} against {row.baseline}: {difference.text}, and --require {require}")
     return said
 
 
 def _value(row: Row, name: str) -> float:
     if name == "time":
-        return row.time_ratio or float("nan")
+        return float("nan") if row.time_ratio is None else row.time_ratio
     part, _, rest = name.partition(".")
     values = [_at(read_json(RunFolder(run).summary), (*PLACES[part], rest)) for run in map(Path, row.runs)]
-    known = [value for value in values if value is not None]
-    if not known:
+    if all(value is None for value in values):
         raise UsageError(f"no run of {row.label} has a number {name}", where="--fail-if")
-    return fmean(known)
+    return fmean(float("nan") if value is None else value for value in values)
 
 
 def _at(summary: Mapping[str, Any], place: Sequence[str]) -> float | None:

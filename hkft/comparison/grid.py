@@ -22,7 +22,7 @@ from hkft.events import Listener, Notice, Stage, silent
 from hkft.folder import RunFolder, check_place, read_json
 from hkft.recipe import Recipe
 
-Status = Literal["finished", "skipped", "failed"]
+Status = Literal["finished", "skipped", "failed", "running"]
 Axes = Mapping[str, Sequence[Any]]  # dotted key -> its values
 Variants = Mapping[str, Mapping[str, Any]]  # name -> dotted key -> value
 SHORT = {"dropout.rate": "p", "lora.r": "r"}  # of keys, in names
@@ -96,7 +96,10 @@ def cells(
     values that the recipe refuses.
     """
     chosen = tuple(range(recipe.seed, recipe.seed + seeds)) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
-    methods, axes = tuple(dict.fromkeys(methods)), {key: list(dict.fromkeys(of)) for key, of in (axes or {}).items()}
+    methods, axes = (
+        tuple(dict.fromkeys(methods)),
+        {key: list({repr(value): value for value in of}.values()) for key, of in (axes or {}).items()},
+    )
     _check(recipe, methods, chosen, axes)
     grid: dict[str, Cell] = {}  # by content: two ways to one run are one cell
     for seed in chosen:
@@ -124,7 +127,10 @@ def run(grid: Sequence[Cell], output: Path, runner: Runner, tell: Listener = sil
 
 
 def attempt(cell: Cell, folder: RunFolder, runner: Runner, tell: Listener) -> Outcome:
-    """Run one cell, and tell what became of it."""
+    """Run one cell, and tell what became of it. One that another process is running is left to it."""
+    if folder.busy:
+        tell(Notice(f"{cell.title} is being run by another process, and left out", "warning"))
+        return Outcome(cell, folder.path, "running")
     resume = folder.last_checkpoint() is not None
     if not resume:
         _clear(folder)
@@ -165,6 +171,8 @@ def assignment(key: str, value: Any) -> str:
 def nothing_finished(outcomes: Sequence[Outcome]) -> HkftError:
     """The errors of the cells, each once, in an error of the first one's kind."""
     causes = [outcome.cause for outcome in outcomes if outcome.cause]
+    if not causes:
+        return UsageError("every cell that is left is being run by another process", hint="wait for it")
     problems = {str(problem): problem for cause in causes for problem in cause.problems}
     return type(causes[0])(problems=list(problems.values()))
 

@@ -10,7 +10,7 @@ from hkft.recipe.text import parse
 
 
 def names(text: str | None) -> list[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",")]
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
 def seeds(text: str | None) -> int | list[int] | None:
@@ -39,6 +39,8 @@ def axes(rates: str | None, ranks: str | None, grid: Sequence[str]) -> dict[str,
         key, equals, text = each.partition("=")
         if not equals or not key.strip():
             raise UsageError("not an axis", where="--grid", found=repr(each), allowed="section.key=value,value")
+        if key.strip() in found:
+            raise UsageError(f"{key.strip()} is given twice", where="--grid", hint="one list holds all its values")
         found[key.strip()] = _values(text, f"--grid {key.strip()}", "section.key=value,value")
     return found
 
@@ -46,7 +48,8 @@ def axes(rates: str | None, ranks: str | None, grid: Sequence[str]) -> dict[str,
 def _numbers(text: str, option: str) -> list[Any]:
     allowed = "0.1,0.2" if option == "--rates" else "4,8,16"
     found = _values(text, option, allowed)
-    if not found or not all(isinstance(each, int | float) and not isinstance(each, bool) for each in found):
+    kind = (int,) if option == "--ranks" else (int, float)
+    if not all(isinstance(each, kind) and not isinstance(each, bool) for each in found):
         raise UsageError("not a list of numbers", where=option, found=repr(text), allowed=allowed)
     return found
 

@@ -8,6 +8,7 @@ by its method, and by the settings in which it differs from most runs of that me
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,7 +92,7 @@ class Run:
     def examples(self, split: str, name: str) -> Examples | None:
         """Of the best checkpoint, the loss or the rightness of every row of "validation" or "test".
 
-        None where it is not kept, or where `name` is no mean over rows.
+        None where it is not kept, where `name` is no mean over rows, and where it is not what the summary was made of.
         """
         records = read_jsonl(RunFolder(self.folder).predictions(split))
         if not records or name not in ("loss", "accuracy") or (name == "accuracy" and "tokens" in records[0]):
@@ -100,7 +101,11 @@ class Run:
             record["label"] == record["prediction"] if name == "accuracy" else record["loss"] for record in records
         ]
         weights = np.array([record.get("tokens", 1) if name == "loss" else 1 for record in records])
-        return Examples(tuple(record["id"] for record in records), np.array(values, dtype=np.float64), weights)
+        found = Examples(tuple(record["id"] for record in records), np.array(values, dtype=np.float64), weights)
+        told = self.summary.get("test") if split == "test" else (self.summary.get("best") or {}).get("validation")
+        mean = found.sums.sum() / found.weights.sum()
+        number = (told or {}).get(name)
+        return found if number is None or math.isclose(mean, number, rel_tol=1e-3, abs_tol=1e-6) else None
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def finished(folders: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
     Raises UsageError where a folder holds no run, and where none is finished.
     """
     runs, left_out = [], []
-    for folder in {Path(folder).resolve(): open_run(folder) for folder in folders}.values():
+    for folder in {Path(folder).resolve(): open_run(folder) for folder in map(Path, folders)}.values():
         if folder.status == "finished":
             runs.append(_read(folder))
         else:
@@ -156,6 +161,8 @@ def grouped(runs: Sequence[Run], names: Mapping[Path, str] | None = None) -> tup
         given = {(names or {}).get(run.folder) for run in of}
         named = given.pop() if len(given) == 1 else None
         label = " ".join([method, *told]) if named is None or named in groups else named
+        while label in groups:
+            label += "'"
         group = Group(label, method, settings)
         groups[group.label] = group
         for run in of:
@@ -197,7 +204,8 @@ def _flat(section: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, An
 
 def _setting(key: str, value: Any) -> str:
     """`p=0.2`, `lora.r=4`; a long value by a hash of it: all of it is in the group's settings."""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    text = short if not isinstance(value, float) or float(short) == value else str(value)
     if len(text) > LONGEST:
         text = "#" + hashlib.sha256(text.encode()).hexdigest()[:6]
     return f"p={text}" if key == "dropout.rate" else f"{key}={text}"

@@ -116,9 +116,14 @@ def sentences(comparison: Comparison) -> list[str]:
             said.append(
                 f"{titles[comparison.main]}, {row.label} against {label}, which has one pass{cost}: {found.text}{_difference(found)}"
             )
-    front = [row.label for row in comparison.compared if row.front]
-    if len(comparison.compared) > 1 and front:
-        said.append(f"no row is both better and faster than these (Pareto): {', '.join(front)}")
+    fronts: dict[str, list[Row]] = {}
+    for row in comparison.compared:
+        fronts.setdefault(", ".join(f"{key}={value}" for key, value in row.facet.items()), []).append(row)
+    for facet, rows in fronts.items():
+        front = [row.label for row in rows if row.front]
+        if len(rows) > 1 and front:
+            at = f" at {facet}" if facet else ""
+            said.append(f"no row{at} is both better and faster than these (Pareto): {', '.join(front)}")
     return [*said, *(_by_word(others, key, titles[key]) for key in ("final_loss", "final_gap") if others)]
 
 
@@ -306,7 +311,7 @@ def _evidence(score: Score) -> str:
     """What the words rest on, as far as there is any: over seeds, then over seeds and rows."""
     told = _difference(score.difference) if score.difference else ""
     drawn, single = score.bootstrap, score.mcnemar
-    if drawn and drawn.mean is not None and drawn.p is not None:
+    if drawn and drawn.mean is not None and drawn.p is not None and drawn.seeds != 2:  # two say next to nothing
         over = "other rows" if drawn.seeds == 1 else "other seeds and other rows"
         told += f"; with {over} {drawn.low:+.4f} to {drawn.high:+.4f}, p = {drawn.p:.2g} (bootstrap)"
     if single:
@@ -325,7 +330,8 @@ def _by_word(rows: Sequence[Row], key: str, title: str) -> str:
             told = f" ({difference.mean:+.3f}, p = {difference.p_holm:.2g})" if sure else ""
             found.setdefault(difference.word, []).append(row.label + told)
     bases = " or ".join(dict.fromkeys(row.baseline for row in rows))
-    return f"{title} against {bases}: " + "; ".join(f"{word} {', '.join(each)}" for word, each in found.items())
+    said = {"better": "better", "worse": "worse", "cannot tell": "cannot tell for"}
+    return f"{title} against {bases}: " + "; ".join(f"{said[word]} {', '.join(each)}" for word, each in found.items())
 
 
 def _difference(found: Difference) -> str:

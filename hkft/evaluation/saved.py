@@ -149,12 +149,13 @@ def keep(saved: Saved, split: str, predictions: Predictions | Completions) -> st
         return None
     stem = Path(split.partition("#")[0]).stem
     taken = {"train_probe", *splits.NAMES}  # by the run's own rows
-    target = saved.folder.predictions(f"file-{stem}" if split != "test" and stem in taken else stem)
+    summary = read_json(saved.folder.summary)
+    same = saved.recipe.fingerprint() == summary.get("recipe_fingerprint") and saved.adapter == saved.folder.adapter
+    name = f"file-{stem}" if split != "test" and stem in taken else stem
+    target = saved.folder.predictions("test-other" if split == "test" and "test" in summary and not same else name)
     records = predictions.records(saved.labels)
     write_jsonl(target, records)
-    summary = read_json(saved.folder.summary)
-    own = saved.recipe.fingerprint() == summary.get("recipe_fingerprint")
-    if split == "test" and own and saved.adapter == saved.folder.adapter:
+    if split == "test" and same:
         rows = json.dumps([(record["id"], record["label"]) for record in records])
         told = {"test": predictions.metrics(), "test_rows": hashlib.sha256(rows.encode()).hexdigest()}
         write_json(saved.folder.summary, {**summary, **told})

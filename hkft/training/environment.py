@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import resource
 import sys
@@ -33,6 +34,7 @@ def describe(recipe: Recipe, fingerprints: Mapping[str, str], tokenizer: PreTrai
         "platform": platform.platform(),
         "device": device_name(device(recipe.model.device)),
         "threads": torch.get_num_threads(),
+        "jobs": int(os.environ.get("HKFT_JOBS", "1")),  # cells of a comparison that ran at a time
         "model": {"name": recipe.model.name, "revision": _commit(recipe) or recipe.model.revision},
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "data": dict(fingerprints),

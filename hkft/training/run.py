@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -64,13 +65,15 @@ class Begun:
     folder: RunFolder
     tell: Listener
     resume: bool
+    held: ExitStack  # the folder, until the run has ended
 
     def fit(self) -> None:
         """Train, look, keep the best, and write the summary, whatever the end.
 
         Raises DivergedError and OutOfMemoryError, and KeyboardInterrupt after a checkpoint has been written.
         """
-        _fit(self)
+        with self.held:
+            _fit(self)
 
 
 def begin(
@@ -104,9 +107,12 @@ def begin(
     set_seed(recipe.seed)
     with memory.while_loading(recipe):
         model = build.with_lora(shelf.base(recipe, material), recipe)
-    with _nothing_left(folder.path):
+    with _nothing_left(folder.path), ExitStack() as held:
         trainer = _trainer(recipe, material, model, folder, heard)
+        if int(os.environ.get("RANK", "0")) == 0:  # of several processes of one run the first one writes
+            held.enter_context(folder.held())
         _open(folder, recipe, material, resume)
+        held = held.pop_all()
 
     said = {notice.text for notice in notices if isinstance(notice, Notice)}
 
@@ -121,7 +127,7 @@ def begin(
     if not resume:
         for notice in notices:
             folder.append(notice)
-    return Begun(recipe, material, trainer, folder, told, resume)
+    return Begun(recipe, material, trainer, folder, told, resume, held)
 
 
 def train(

@@ -20,7 +20,7 @@ from hkft.model import build
 from hkft.recipe import Recipe
 from hkft.training.prepare import Material, prepare
 
-SHARE = 0.25  # of the memory that is free, which a second copy of the weights may take
+SHARE = 0.25  # of the host's memory that is free, which a second copy of the weights may take
 
 
 @dataclass
@@ -53,15 +53,16 @@ class Shelf:
 
     def base(self, recipe: Recipe, material: Material) -> PreTrainedModel:
         """As `build.base`. Quantised weights, and those that free memory would not hold twice, are loaded anew."""
-        key = _key(recipe, "task", "model", "seed")
+        padding = build.padding_id(material.tokenizer)
+        key = (_key(recipe, "task", "model", "seed"), material.labels, padding)
         if self.base_of and self.base_of[0] == key:
             self.taken["base"] += 1
             torch.set_rng_state(self.base_of[2])
-            return copy.deepcopy(self.base_of[1])
+            return copy.deepcopy(self.base_of[1]).to(build.device(recipe.model.device))  # type: ignore[arg-type]
         self.base_of = None
-        made = build.base(recipe, material.labels, build.padding_id(material.tokenizer))
+        made = build.base(recipe, material.labels, padding)
         if self.keeps and recipe.model.quantization == "none" and _fits_twice(made):
-            self.base_of = (key, copy.deepcopy(made), torch.get_rng_state())
+            self.base_of = (key, copy.deepcopy(made).cpu(), torch.get_rng_state())
         return made
 
 
@@ -76,6 +77,4 @@ def _key(recipe: Recipe, *wanted: str) -> Hashable:
 
 def _fits_twice(model: PreTrainedModel) -> bool:
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    place = next(model.parameters()).device
-    free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else psutil.virtual_memory().available
-    return size <= SHARE * free
+    return size <= SHARE * psutil.virtual_memory().available

@@ -182,5 +182,32 @@ def test_a_grid_of_which_nothing_is_left_raises_what_its_cells_raised(stub, reci
     assert not (tmp_path / "g" / "comparison.json").exists()
 
 
+def test_a_cell_that_another_process_runs_is_left_to_it(stub, recipe, tmp_path):
+    """As on a cluster, where the lines of --print-commands are still running: nothing of theirs is removed."""
+    cells, train, told = grid.cells(recipe, ["none", "dropkey"], 1), stub(), []
+    theirs = unfinished(tmp_path, cells[0], checkpoint=False)
+    with theirs.held():
+        outcomes = grid.run(cells, tmp_path, train, told.append)
+        assert theirs.metrics.read_text() == "old\n"
+        with pytest.raises(UsageError, match="every cell that is left is being run by another process"):
+            raise grid.nothing_finished(outcomes[:1])
+    assert [outcome.status for outcome in outcomes] == ["running", "finished"]
+    assert Notice("none, seed 1 is being run by another process, and left out", "warning") in told
+    assert [outcome.status for outcome in grid.run(cells, tmp_path, train)] == ["finished", "skipped"]
+
+
+def test_values_that_are_lists_are_an_axis_too(recipe):
+    cells = grid.cells(recipe, ["none"], 1, {"lora.target_modules": [["query"], ["query", "value"], ["query"]]})
+    assert [cell.recipe.lora["target_modules"] for cell in cells] == [["query"], ["query", "value"]]
+
+
+def test_variants_are_the_recipe_without_dropout_and_with_their_values(recipe):
+    more = {"rank 2": {"lora.r": 2}, "own": {"dropout.method": "dropkey", "dropout.rate": 0.3}, "plain": {}}
+    cells = grid.cells(recipe, ["none", "hiddenkey"], 1, {}, more)
+    assert [cell.row for cell in cells] == ["none", "hiddenkey", "rank 2", "own"]  # plain is none
+    assert [(c.recipe.method.name, c.recipe.lora["r"]) for c in cells[2:]] == [("none", 2), ("dropkey", 4)]
+    assert cells[3].recipe.method.sites[0].rate == 0.3
+
+
 def test_the_default_folder(recipe):
     assert grid.default_output(recipe) == Path("runs/compare-small")

@@ -85,7 +85,6 @@ def test_keys_and_values_that_the_recipe_refuses(recipe, axes, where):
     assert {problem.where for problem in error.value.problems} == {where}
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="values are made unique as keys of a dictionary")
 def test_values_may_be_lists(recipe):
     axes = options.axes(None, None, ["lora.target_modules=[query],[query, value]"])
     assert len(grid.cells(recipe, ["none"], 1, axes)) == 2

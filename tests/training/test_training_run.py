@@ -389,3 +389,23 @@ def test_more_steps_than_anybody_trains_are_refused(recipe_file, tmp_path):
         api.train(recipe_file, ["train.num_train_epochs=1e12"], output=tmp_path / "run")
     assert caught.value.problems[0].allowed == "up to 10,000,000"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_written_by_one_process(recipe_file, tmp_path):
+    seen = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, TrainStep) and not seen:
+            seen.append(RunFolder(tmp_path / "run").busy)
+            with (
+                pytest.raises(UsageError, match="another process is writing this run"),
+                RunFolder(tmp_path / "run").held(),
+            ):
+                pass
+
+    done = api.train(recipe_file, output=tmp_path / "run", tell=listen)
+    assert seen == [True]
+    assert not done.busy
+    assert not (done.path / ".lock").exists()
+    (done.path / ".lock").touch()  # as a process that was killed leaves it
+    assert not done.busy
