@@ -87,7 +87,8 @@ def compare(
         else:
             result = api.compare_runs(runs or [], output=output, baseline=baseline, paper=paper)
     broken = gates.failures(result, fail_if or (), require)
-    show_json({**result.as_dict(), "broken": broken}) if json else show_comparison(result, folder)
+    asked_of_it = {"broken": broken} if fail_if or require else {}
+    show_json({**result.as_dict(), **asked_of_it}) if json else show_comparison(result, folder)
     if broken:
         told = CheckFailedError(problems=[Problem(sentence) for sentence in broken])
         show_error(told)

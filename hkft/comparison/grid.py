@@ -96,10 +96,8 @@ def cells(
     values that the recipe refuses.
     """
     chosen = tuple(range(recipe.seed, recipe.seed + seeds)) if isinstance(seeds, int) else tuple(dict.fromkeys(seeds))
-    methods, axes = (
-        tuple(dict.fromkeys(methods)),
-        {key: list({repr(value): value for value in of}.values()) for key, of in (axes or {}).items()},
-    )
+    methods = tuple(dict.fromkeys(methods))
+    axes = {key: list({repr(value): value for value in of}.values()) for key, of in (axes or {}).items()}
     _check(recipe, methods, chosen, axes)
     grid: dict[str, Cell] = {}  # by content: two ways to one run are one cell
     for seed in chosen:

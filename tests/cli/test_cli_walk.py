@@ -209,7 +209,8 @@ def test_a_condition_that_holds_ends_with_7(hkft, tiny):
     assert re.search(r"dropkey: final\.loss is [\d.]+, and --fail-if final\.loss > 0\.01", ran.err)
     assert ran.out.startswith("method")  # the table stands all the same
     assert hkft(*args, "--fail-if", "final.loss > 100").code == 0
-    assert hkft(*args, "--require", "better").code == 7
+    as_json = hkft(*args, "--require", "better", "--json")
+    assert (as_json.code, len(as_json.document["broken"])) == (7, 1)
 
 
 def test_a_cell_that_fails_is_told_and_leaves_the_others(hkft, tiny):

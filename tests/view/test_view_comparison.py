@@ -154,8 +154,8 @@ none           2  0.8100 ± 0.0141           -  0.810 ± 0.014  1.00 x
 hiddenkey      2  0.8350 ± 0.0071     +0.0250  0.835 ± 0.007  1.00 x
 
 best accuracy, hiddenkey against none: cannot tell (n = 2 seeds; about 3 would be needed); +0.0250 (-0.0385 to +0.0885), p = 0.13, won 2 of 2 seeds
-final loss against none: cannot tell hiddenkey
-final loss gap against none: cannot tell hiddenkey
+final loss against none: cannot tell for hiddenkey
+final loss gap against none: cannot tell for hiddenkey
 
 warning: dropkey, seed 1 failed: the loss is nan
 warning: hiddenkey and none are no fair pair: other device
