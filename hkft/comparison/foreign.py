@@ -13,6 +13,14 @@ from hkft.diagnostics.verdict import verdict
 from hkft.errors import HkftError, UsageError
 from hkft.folder import RunFolder
 
+WRITTEN = (
+    "comparison.json",
+    "comparison.md",
+    "comparison.tex",
+    "comparison.csv",
+    "report.html",
+)  # beside runs, by a grid
+
 
 @dataclass(frozen=True)
 class Foreign:
@@ -33,6 +41,8 @@ def told_apart(places: Sequence[str | Path]) -> tuple[list[Path], list[Foreign]]
     own, curves = [], []
     for place in map(Path, places):
         inside = [each for each in sorted(place.glob("*-s*")) if RunFolder(each).exists] if place.is_dir() else []
+        if place.name in WRITTEN:
+            continue
         if RunFolder(place).exists or not place.exists():
             own.append(place)
         elif inside:  # the folder of a grid

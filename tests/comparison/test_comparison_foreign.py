@@ -102,3 +102,14 @@ def test_a_curve_that_diverged_at_its_end_is_valid_json(runs, tmp_path, place):
     assert math.isnan(found.foreign[0].final_gap)
     json.dumps(found.as_dict(), allow_nan=False)
     assert "nan" in tables.foreign(found)[0]
+
+
+def test_a_grid_s_folder_is_its_runs_and_so_is_all_that_lies_in_it(recipe, write_run, tmp_path):
+    cells = [recipe.replace(f"dropout.method={method}", "seed=1") for method in ("none", "dropkey")]
+    for cell in cells:
+        write_run(tmp_path / f"{cell.method.name}-s1-{cell.fingerprint()[:6]}", cell)
+    (tmp_path / "comparison.csv").write_text("row,baseline\n")
+    (tmp_path / "report.html").write_text("<!doctype html>")
+    for places in ([tmp_path], sorted(tmp_path.iterdir())):
+        own, curves = told_apart([place for place in places if place.name != "small.yaml"])
+        assert ([place.name.partition("-")[0] for place in own], curves) == (["dropkey", "none"], [])
