@@ -58,7 +58,7 @@ def measures(metric: str, tested: bool) -> tuple[Measure, ...]:
     )
     return (
         *(test if tested else ()),
-        Measure("best", f"best {metric}", ("best", "validation", metric), lower),
+        Measure("best", f"{'validation' if tested else 'best'} {metric}", ("best", "validation", metric), lower),
         Measure("final", f"final {metric}", ("final", "validation", metric), lower),
         Measure("best_loss", "loss at best", ("best", "validation", "loss"), True),
         Measure("final_loss", "final loss", ("final", "validation", "loss"), True),

@@ -32,7 +32,7 @@ class Column:
 def columns(comparison: Comparison) -> list[Column]:
     """What the tables for people show, in this order. What may be said of it is in `sentences`."""
     titles = {measure.key: measure.title for measure in comparison.measures}
-    main, metric = comparison.main, comparison.metric
+    main = comparison.main
 
     def change(row: Row) -> str:
         found = row.scores[main].difference
@@ -50,7 +50,7 @@ def columns(comparison: Comparison) -> list[Column]:
         Column(titles["final_loss"], lambda row: spread(row.scores["final_loss"], 3), 7),
         Column("final gap", lambda row: spread(row.scores["final_gap"], 3), 5),
         Column("time", lambda row: NOTHING if row.time_ratio is None else f"{row.time_ratio:.2f} x", 6),
-        Column(f"best {metric} in equal time", lambda row: _spread(row.equal_time, 4), 13),
+        Column(f"{titles['best']} in equal time", lambda row: _spread(row.equal_time, 4), 13),
         Column("tried", lambda row: str(row.tried), 9),
         Column("memory", lambda row: memory(row.peak_memory_bytes), 14),
         Column("verdicts", lambda row: counted(row.verdicts), 15, right=False),
