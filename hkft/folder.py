@@ -90,6 +90,8 @@ class RunFolder:
             lock.acquire(blocking=False)
         except Timeout:
             raise UsageError("another process is writing this run", where=str(self.path), hint="wait for it") from None
+        except NotImplementedError:  # a file system without locks
+            pass
         try:
             yield
         finally:
@@ -106,6 +108,8 @@ class RunFolder:
                 return False
         except Timeout:
             return True
+        except NotImplementedError:
+            return False
 
     @property
     def _lock(self) -> Path:

@@ -409,3 +409,13 @@ def test_a_run_is_written_by_one_process(recipe_file, tmp_path):
     assert not (done.path / ".lock").exists()
     (done.path / ".lock").touch()  # as a process that was killed leaves it
     assert not done.busy
+
+
+def test_a_file_system_without_locks_is_written_all_the_same(recipe_file, tmp_path, monkeypatch):
+    def without(self, *_, **__):
+        raise NotImplementedError("flock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", without)
+    done = api.train(recipe_file, ["train.max_steps=2"], output=tmp_path / "run")
+    (done.path / ".lock").touch()
+    assert (done.status, done.busy) == ("finished", False)
