@@ -153,6 +153,11 @@ class Comparison:
         return jsonable({"schema_version": SCHEMA_VERSION, **asdict(self)})
 
     @property
+    def measure(self) -> Measure:
+        """The one that words are about."""
+        return next(measure for measure in self.measures if measure.key == self.main)
+
+    @property
     def compared(self) -> tuple[Row, ...]:
         """The rows that stand for their methods: the chosen ones."""
         return tuple(row for row in self.rows if row.chosen)

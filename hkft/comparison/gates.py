@@ -8,11 +8,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hkft.comparison.compare import Comparison, Row
 from hkft.errors import UsageError, nearest
 from hkft.folder import RunFolder, read_json
+
+if TYPE_CHECKING:
+    from hkft.comparison.compare import Comparison, Row
 
 # A name's first part -> where summary.json has the rest.
 PLACES: Mapping[str, tuple[str, ...]] = {

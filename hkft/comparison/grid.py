@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from hkft.comparison.choice import PLAIN
 from hkft.dropout.method import check_rate
 from hkft.dropout.named import find
 from hkft.errors import HkftError, MethodError, RecipeError, UsageError
@@ -26,7 +27,6 @@ Status = Literal["finished", "skipped", "failed", "running"]
 Axes = Mapping[str, Sequence[Any]]  # dotted key -> its values
 Variants = Mapping[str, Mapping[str, Any]]  # name -> dotted key -> value
 SHORT = {"dropout.rate": "p", "lora.r": "r"}  # of keys, in names
-PLAIN = "none"
 
 
 Runner = Callable[["Cell", RunFolder, bool, Listener], None]  # raises HkftError; the flag: go on from a checkpoint
@@ -54,11 +54,6 @@ class Cell:
             return RunFolder(grid / self.name)
         same = sorted(grid.glob(f"*{self._content}"))
         return RunFolder(same[0] if same else grid / self.name)
-
-    @property
-    def done(self) -> tuple[str, bool]:
-        """What a finished run of this cell has: the recipe's fingerprint, and whether the test rows were looked at."""
-        return self.recipe.fingerprint(), self.recipe.data.test is not None
 
     @property
     def _content(self) -> str:
@@ -183,8 +178,9 @@ def is_done(cell: Cell, folder: RunFolder) -> bool:
     """Whether the cell has been run to its end, and looked at on its test rows where there are any."""
     if folder.status != "finished":
         return False
-    summary, (fingerprint, tested) = read_json(folder.summary), cell.done
-    return summary.get("recipe_fingerprint") == fingerprint and (not tested or summary.get("test") is not None)
+    summary = read_json(folder.summary)
+    same = summary.get("recipe_fingerprint") == cell.recipe.fingerprint()
+    return same and (cell.recipe.data.test is None or summary.get("test") is not None)
 
 
 def left_of(

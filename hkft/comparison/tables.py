@@ -114,7 +114,7 @@ def sentences(comparison: Comparison) -> list[str]:
                 f", for {row.time_ratio / one.time_ratio:.2f} x its time" if row.time_ratio and one.time_ratio else ""
             )
             said.append(
-                f"{titles[comparison.main]}, {row.label} against {label}, which has one pass{cost}: {found.text}{_difference(found)}"
+                f"{titles[key]}, {row.label} against {label}, which has one pass{cost}: {found.text}{_difference(found)}"
             )
     fronts: dict[str, list[Row]] = {}
     for row in comparison.compared:
@@ -166,7 +166,7 @@ def latex(comparison: Comparison) -> str:
     """
     left_out = ("verdicts", "memory", "tried")
     shown = [column for column in columns(comparison) if column.title not in left_out]
-    measure = next(measure for measure in comparison.measures if measure.key == comparison.main)
+    measure = comparison.measure
     best = best_of(comparison)
 
     def cell(column: Column, row: Row) -> str:
@@ -197,7 +197,7 @@ def latex(comparison: Comparison) -> str:
 
 def best_of(comparison: Comparison) -> set[str]:
     """The rows whose mean of the main number is best."""
-    measure = next(measure for measure in comparison.measures if measure.key == comparison.main)
+    measure = comparison.measure
     means = {row.label: row.scores[measure.key].sample.mean for row in comparison.compared}
     known = {label: mean for label, mean in means.items() if mean is not None}
     if not known:

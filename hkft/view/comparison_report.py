@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from hkft.comparison import paper, tables
 from hkft.comparison.choice import TUNED
-from hkft.comparison.compare import Comparison, Measure, Row
+from hkft.comparison.compare import Comparison, Row
 from hkft.comparison.statistics import Difference, Sample
 from hkft.view import words
 from hkft.view.page import write_page
@@ -122,20 +122,16 @@ def _lead(comparison: Comparison) -> str:
     if sum(counted.values()) < 2:
         return ""
     told = ", ".join(f"{counted[word]} {text}" for word, text in _WORDS.items())
-    return f"{_main(comparison).title}, {sum(counted.values())} comparisons with the baseline: {told}"
+    return f"{comparison.measure.title}, {sum(counted.values())} comparisons with the baseline: {told}"
 
 
 _WORDS = {"better": "better", "worse": "worse", "cannot tell": "cannot be told from it"}
 
 
-def _main(comparison: Comparison) -> Measure:
-    return next(measure for measure in comparison.measures if measure.key == comparison.main)
-
-
 def _side_by_side(comparison: Comparison) -> tuple[Table, Table]:
     """The numbers that matter most, with the differences drawn; and the others."""
     best = tables.best_of(comparison) if comparison.compared[1:] else ()
-    main = _main(comparison).title
+    main = comparison.measure.title
     known = tables.columns(comparison)
     first = [one for one in known if one.title in ("method", "seeds", main, "paper", "difference", "time", "verdicts")]
     rest = [one for one in known if one.title == "method" or one not in first]
@@ -277,7 +273,7 @@ def _response(comparison: Comparison, key: str, charts: Sequence[tuple[str, Mapp
             names=[(n, f"{value:g}" if n else f"{short} {value:g}") for n, value in enumerate(values)][::every],
             ends=(-0.5, len(values) - 0.5),
             span=span,
-            title=f"{_main(comparison).title} by {key}" + (f", {rest}" if rest else ""),
+            title=f"{comparison.measure.title} by {key}" + (f", {rest}" if rest else ""),
             description="; ".join(told),
             lines=[*some, *lines],
             width=WIDTH if len(charts) == 1 else SMALL,
@@ -285,7 +281,9 @@ def _response(comparison: Comparison, key: str, charts: Sequence[tuple[str, Mapp
         legend |= {line.name: line for line in [*lines, *some]}
         caption = Markup("<figcaption>{}</figcaption>").format(rest or ", ".join(families))
         drawings.append(drawn if len(charts) == 1 else Markup("<figure>{}{}</figure>").format(caption, drawn))
-    note = f"mean of {_main(comparison).title} with its 95 % interval, {_better(comparison)}; values at equal distances"
+    note = (
+        f"mean of {comparison.measure.title} with its 95 % interval, {_better(comparison)}; values at equal distances"
+    )
     note += "; ringed: chosen by validation" if key.startswith(TUNED) else ""
     drawing = Markup("").join(drawings)
     pair = drawing if len(charts) == 1 else Markup('<div class="pair">{}</div>').format(drawing)
@@ -348,13 +346,13 @@ def _pareto(comparison: Comparison, styles: Mapping[str, str]) -> list[Chart]:
         names=[(time, f"{time:g} x" if n else f"time {time:g} x") for n, time in enumerate(times)],
         ends=(times[0] - beyond, times[-1] + beyond),
         span=bounds([[(mark.x, mark.y) for mark in marks]]) or (0.0, 0.0),
-        title=f"{_main(comparison).title} by time",
+        title=f"{comparison.measure.title} by time",
         description="; ".join(mark.text for mark in marks),
         lines=[Line("front", sorted(points), "front", dots=False) for points in fronts.values()],
         height=360,
     )
     note = (
-        f"mean of {_main(comparison).title}, {_better(comparison)}; time of training by the baseline's, looks apart. "
+        f"mean of {comparison.measure.title}, {_better(comparison)}; time of training by the baseline's, looks apart. "
         "Ringed and joined: no other is both better and faster"
     )
     legend = [Line(row.label, (), styles[row.label]) for row, _, _ in placed]
@@ -375,7 +373,7 @@ def _columns(columns: Sequence[tables.Column]) -> list[tuple[str, str]]:
 
 
 def _better(comparison: Comparison) -> str:
-    return "lower is better" if _main(comparison).lower_is_better else "higher is better"
+    return "lower is better" if comparison.measure.lower_is_better else "higher is better"
 
 
 def _mean(row: Row, comparison: Comparison) -> float | None:

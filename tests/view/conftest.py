@@ -1,6 +1,10 @@
 """One short run as a stream of events: plain LoRA overfitting on Rotten Tomatoes."""
 
 import io
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,3 +139,19 @@ def quiet(monkeypatch):
     """No NO_COLOR and no CI around the test."""
     for name in ("NO_COLOR", "CI"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def dumped() -> Callable[[Path], str]:
+    """A page's document as it is once Chromium has loaded it; where there is no Chromium, the test is skipped."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    chromium = next(filter(None, map(shutil.which, names)), None)
+    if chromium is None:
+        pytest.skip(f"none of {', '.join(names)} is installed")
+
+    def dump(path: Path) -> str:
+        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={path.parent / 'profile'}"]
+        command = [chromium, *options, "--dump-dom", path.as_uri()]
+        return subprocess.run(command, capture_output=True, check=True, timeout=60, encoding="utf-8").stdout
+
+    return dump
