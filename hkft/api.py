@@ -102,9 +102,14 @@ def compare(
     from hkft.comparison import compare as comparing
     from hkft.comparison import grid
     from hkft.comparison import jobs as processes
+    from hkft.comparison import paper as papers
 
     chosen = _loaded(recipe, overrides)
     cells, folder = plan(chosen, methods, seeds, axes, variants, output=output)
+    wanted, column = baseline or chosen.compare.baseline, paper or chosen.compare.paper
+    grid.check_baseline(cells, wanted)  # before hours of training, not after
+    if column:
+        papers.cell(column)
     if jobs > 1:
         outcomes = processes.run(cells, folder, jobs, tell)
     else:
@@ -114,12 +119,11 @@ def compare(
     if not done:
         raise grid.nothing_finished(outcomes)
     tell(Stage("comparing"))
-    section = chosen.compare
     comparison = comparing.compare(
         done,
-        baseline or section.baseline,
+        wanted,
         failed=failed,
-        paper_cell=paper or section.paper,
+        paper_cell=column,
         names={outcome.folder: outcome.cell.row for outcome in outcomes},
     )
     write_comparison(comparison, folder)

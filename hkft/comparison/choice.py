@@ -62,6 +62,16 @@ def standings(groups: Mapping[str, Group], wanted: str | None) -> dict[str, Stan
     return {label: found[label] for label in groups}
 
 
+def no_baseline(wanted: str, rows: Iterable[str]) -> UsageError:
+    rows = list(rows)
+    return UsageError(
+        f"the baseline {wanted!r} is none of the rows",
+        where="--baseline",
+        allowed=", ".join(rows),
+        hint=nearest(wanted, rows),
+    )
+
+
 def _facets(groups: Mapping[str, Group]) -> list[str]:
     """Keys outside of dropout that take several values within several methods."""
     methods: dict[str, set[str]] = {}
@@ -109,12 +119,7 @@ def _baseline(groups: Mapping[str, Group], wanted: str | None, chosen: Sequence[
     method = wanted or (PLAIN if PLAIN in methods else methods[0])
     found = [group for group in chosen if group.method == method]
     if not found:
-        raise UsageError(
-            f"the baseline {wanted!r} is none of the rows",
-            where="--baseline",
-            allowed=", ".join(groups),
-            hint=nearest(str(wanted), groups),
-        )
+        raise no_baseline(str(wanted), groups)
     others = [_settings(group, ("dropout.",)) for group in chosen if group.method != method]
     return max(found, key=lambda group: others.count(_settings(group, ("dropout.",))))  # the first of equals
 

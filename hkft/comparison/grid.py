@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from hkft.comparison.choice import PLAIN
+from hkft.comparison.choice import PLAIN, no_baseline
 from hkft.dropout.method import check_rate
 from hkft.dropout.named import find
 from hkft.errors import HkftError, MethodError, RecipeError, UsageError
@@ -134,6 +134,13 @@ def attempt(cell: Cell, folder: RunFolder, runner: Runner, tell: Listener) -> Ou
         told = type(error)(problems=error.problems)  # without its traceback, which holds the cell's model
         return Outcome(cell, folder.path, "failed", told)
     return Outcome(cell, folder.path, "finished")
+
+
+def check_baseline(grid: Sequence[Cell], wanted: str | None) -> None:
+    """Raise UsageError for a baseline that is neither a row of the grid nor a method of one."""
+    known = dict.fromkeys([*(cell.row for cell in grid), *(cell.recipe.method.name for cell in grid)])
+    if wanted is not None and wanted not in known:
+        raise no_baseline(wanted, known)
 
 
 def commands(grid: Sequence[Cell], output: Path) -> list[str]:

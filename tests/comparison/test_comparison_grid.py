@@ -196,6 +196,17 @@ def test_a_cell_that_another_process_runs_is_left_to_it(stub, recipe, tmp_path):
     assert [outcome.status for outcome in grid.run(cells, tmp_path, train)] == ["finished", "skipped"]
 
 
+@pytest.mark.parametrize(("asked", "where"), [({"baseline": "dropky"}, "--baseline"), ({"paper": "table1/rtee"}, None)])
+def test_what_the_table_cannot_show_is_told_before_anything_runs(stub, recipe, tmp_path, asked, where):
+    train = stub()
+    with pytest.raises(UsageError) as error:
+        api.compare(recipe.path, ["none", "dropkey"], 1, output=tmp_path / "g", runner=train, **asked)
+    assert error.value.problems[0].where == where or where is None
+    assert error.value.problems[0].hint
+    assert train.calls == []
+    assert not (tmp_path / "g").exists()
+
+
 def test_values_that_are_lists_are_an_axis_too(recipe):
     cells = grid.cells(recipe, ["none"], 1, {"lora.target_modules": [["query"], ["query", "value"], ["query"]]})
     assert [cell.recipe.lora["target_modules"] for cell in cells] == [["query"], ["query", "value"]]
