@@ -51,7 +51,7 @@ class Attachment:
         position, pattern, rescale; layers, and modules, how many places drop; calls, over all of them;
         expected and measured: the drop rate, means over the layers' masks, as drawn (None before the first training pass,
         and where PyTorch draws the masks: `lora_input` by element); protected: the share of attention rows in which
-        `protect` gave a key back (None where there is no such rule);
+        the site's `protect` acted (None where there is nothing to protect);
         cost: time of a training step with this site alone by that without any, as `self_check` measured it, else None.
         Gradient checkpointing runs a layer twice, and counts twice.
         """

@@ -48,7 +48,8 @@ def dropkey(
     row) and k one of value 0 where kept, FAR where dropped. The kernel's own causal path and a mask shared by all heads
     then stay as they are.
     """
-    if causal and mask is None and keep.shape[-2] == 1 and not dropout_p and _on_cpu_kernel(q, k, v, scale):
+    plain = keep.shape[-2] == 1 and rescued is None and not dropout_p
+    if causal and mask is None and plain and _on_cpu_kernel(q, k, v, scale):
         column = torch.zeros_like(keep, dtype=q.dtype).masked_fill(~keep, float("-inf"))
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return kernel(q, k, v, is_causal=True, attn_mask=column, scale=scale)[0]

@@ -53,7 +53,7 @@ class Dropper:
         return pattern(full, units, self.rate, draw, likely)
 
     def count(self, keep: Tensor, protected: Callable[[], Tensor] | None = None) -> None:
-        """Note one call, its mask as drawn, and, at an attention position, the rows that were protected, and all rows."""
+        """Note one call, its mask as drawn, and, at an attention position, in which of all rows the protective rule acted."""
         self.fired = True
         compiled = torch.compiler.is_compiling()  # a number of Python's that changes would be compiled anew each time
         if not compiled:
@@ -61,9 +61,10 @@ class Dropper:
             if self.calls > _MEASURED and self.calls % 16:
                 return
         dropped = keep.numel() - torch.count_nonzero(keep)
-        numbers = [int(compiled), keep.numel(), dropped]
+        rows = None if protected is None else protected()
+        of_rows = [0, 0] if rows is None else [torch.count_nonzero(rows), rows.numel()]
+        numbers = [int(compiled), keep.numel(), dropped, *of_rows]
         now = torch.stack([torch.as_tensor(n, dtype=torch.int64, device=keep.device) for n in numbers])
-        now = torch.cat([now, now.new_zeros(2) if protected is None else protected()])
         self.counts = now if self.counts is None else self.counts.to(now.device) + now  # stays there: no wait
 
     def counted(self) -> dict[str, int]:

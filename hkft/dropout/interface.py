@@ -244,22 +244,23 @@ def _drop(
     drawn = dropper.draw((B, H, Q, K), (B, H, K), q.device)
     drawn = keep = drawn if site.pattern == "element" else drawn.unsqueeze(2)
     logits = site.position == "attention_logits" or site.rescale == "normalised_with_gradient"  # the same to the letter
-    rescued, protected = None, None
+    rescued, acted = None, None
     if logits or site.rescale == "normalised":
         may = allowed(mask)
-        keep, rescued = protect(drawn, may, causal)
-        protected = partial(given_back, drawn, keep, rescued, may, Q)
-    dropper.count(drawn, protected)
-    if logits and softcap is None and not dropper.tap:
-        return attention.dropkey(
-            q, k, v, keep, mask=mask, causal=causal, scale=scale, rescued=rescued, dropout_p=native
-        )
+        keep, rescued = protect(drawn, may, causal, site.protect)
+        acted = partial(given_back, drawn, keep, rescued, may, Q)
+    dropper.count(drawn, acted)
     rescale = None if logits else site.rescale
-    if softcap is None and rescale and keep.shape[2] == 1 and not native and not dropper.tap:
-        return attention.dropattention(
-            q, k, v, keep, mask=mask, causal=causal, scale=scale, rate=dropper.rate, rescale=rescale, rescued=rescued
-        )
-    return attention.explicit(
-        q, k, v, keep, mask=mask, causal=causal and mask is None, scale=scale, rate=dropper.rate, rescale=rescale,
-        rescued=rescued, softcap=softcap, dropout_p=native, tap=dropper.tap,
-    )  # fmt: skip
+    given = {"mask": mask, "causal": causal, "scale": scale, "rescued": rescued}
+    if logits and softcap is None and not dropper.tap:
+        out = attention.dropkey(q, k, v, keep, **given, dropout_p=native)
+    elif softcap is None and rescale and keep.shape[2] == 1 and not native and not dropper.tap:
+        out = attention.dropattention(q, k, v, keep, **given, rate=dropper.rate, rescale=rescale)
+    else:
+        given["causal"] = causal and mask is None
+        out = attention.explicit(
+            q, k, v, keep, **given, rate=dropper.rate, rescale=rescale, softcap=softcap, dropout_p=native, tap=dropper.tap
+        )  # fmt: skip
+    if acted and site.protect == "none":
+        return out.masked_fill(acted(), 0)  # a row that lost every key attends to nothing
+    return out

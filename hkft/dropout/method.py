@@ -36,6 +36,7 @@ Pattern = Literal["element", "column", "span"]
 Rescale = Literal["none", "inverse_keep", "normalised", "normalised_with_gradient"]
 Schedule = Literal["constant", "linear_up", "linear_down"]
 Start = Literal["uniform", "attended"]
+Protect = Literal["first_key", "row", "none"]
 Kind = Literal["kl", "js", "js_symmetric"]
 
 DEFAULT_RATE = 0.1
@@ -82,6 +83,10 @@ class Site:
         largest value ("linear_down": DropKey's own finding in vision).
     start: where a span of `hidden` begins: "uniform", or at one of the 40 % of tokens that the layer's attention looks at
         most ("attended", as in HiddenCut).
+    protect: what an attention row keeps that a mask would leave without any key. "first_key": in causal attention the first
+        attended key is never dropped, elsewhere such a row keeps all; "row": such a row keeps all, in causal attention too;
+        "none": it attends to nothing, its output is 0. Without a softmax or a division after the drop there is nothing to
+        protect ("inverse_keep" and "none" of `attention_weights`).
     Raises MethodError on a value outside these.
     """
 
@@ -92,9 +97,11 @@ class Site:
     rescale: Rescale | None = None
     schedule: Schedule = "constant"
     start: Start = "uniform"
+    protect: Protect = "first_key"
 
     def __post_init__(self) -> None:
-        for name, choices in (("position", Position), ("pattern", Pattern), ("schedule", Schedule), ("start", Start)):
+        named = {"position": Position, "pattern": Pattern, "schedule": Schedule, "start": Start, "protect": Protect}
+        for name, choices in named.items():
             one_of(name, getattr(self, name), get_args(choices))
         if self.rate is not None:
             check_rate(self.rate)
@@ -103,6 +110,9 @@ class Site:
         astray = self.start == "attended" and (self.position, self.pattern) != ("hidden", "span")
         found = f"attended, for {self.position}/{self.pattern}"
         _refuse(astray, "only a span of hidden tokens begins at an attended one", "start", found, "uniform")
+        unprotected = self.protect != "first_key" and not self.position.startswith("attention_")
+        found = f"{self.protect}, for {self.position}"
+        _refuse(unprotected, "only rows of attention are protected", "protect", found, "first_key")
         possible = RESCALES[self.position]
         if self.rescale is None:
             object.__setattr__(self, "rescale", possible[0])

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hkft.dropout.method import Protect
+
 Keep = Bool[Tensor, "B H R K"]
 Allowed = Bool[Tensor, "Bm Hm Qm Km"]
 AttentionMask = Allowed | Float[Tensor, "Bm Hm Qm Km"]  # bool: True attends; float: added to the logits
@@ -25,15 +27,22 @@ def allowed(mask: AttentionMask | None) -> Allowed | None:
     return mask > HIDDEN
 
 
-def protect(keep: Keep, may: Allowed | None, causal: bool) -> tuple[Keep, Tensor | None]:
+def protect(
+    keep: Keep, may: Allowed | None, causal: bool, rule: Protect = "first_key"
+) -> tuple[Keep, Bool[Tensor, "B H Q 1"] | None]:
     """See to it that no row loses every key it may attend to, which would be NaN, or attention to the future.
 
-    In causal attention the first attended key is never dropped: every row then keeps one. Elsewhere, and under a sliding
-    window, a row that would lose every key keeps all of them. Returns the mask, and for a column mask whose rows differ in
-    what they may attend to, the rows to rescue, [B,H,Q,1], which the mask itself cannot express (else None).
+    rule: "first_key", in causal attention the first attended key is never dropped: every row then keeps one. Elsewhere, and
+    under a sliding window, a row that would lose every key keeps all of them; with "row" that is so everywhere. With "none"
+    too, for no kernel computes an empty row: the caller takes out what those rows gave. Returns the mask, and for a column mask whose rows differ in what they may attend to, the rows to rescue, which
+    the mask itself cannot express (else None).
     """
-    if causal:
+    if causal and rule == "first_key":
         keep = keep | _first_key(may, keep.shape[-1], keep.device)
+    elif causal and may is None:  # what causality alone leaves to a row: the keys up to its own
+        if keep.shape[-2] > 1:
+            return keep | ~keep.tril().any(-1, keepdim=True), None
+        return keep, (keep.cumsum(-1) == 0).transpose(-1, -2)
     if may is not None and _varies_by_row(may) and keep.shape[-2] == 1 and may.shape[1] == 1:
         counts = may[:, 0].float() @ keep[:, :, 0].float().transpose(1, 2)  # [B,Q,H]: keys left, without [B,H,Q,K]
         return keep, (counts < 0.5).transpose(1, 2).unsqueeze(-1)
@@ -44,8 +53,10 @@ def protect(keep: Keep, may: Allowed | None, causal: bool) -> tuple[Keep, Tensor
     return keep | lost, None
 
 
-def given_back(drawn: Keep, keep: Keep, rescued: Tensor | None, may: Allowed | None, queries: int) -> Tensor:
-    """[rows in which `protect` gave back a key that the row may attend to, rows in all], counted over B, H and Q."""
+def given_back(
+    drawn: Keep, keep: Keep, rescued: Tensor | None, may: Allowed | None, queries: int
+) -> Bool[Tensor, "B H Q 1"]:
+    """The rows in which `protect` gave back a key that the row may attend to. Under "row" and "none": those that lost all."""
     changed = keep & ~drawn
     if may is None:
         acted = changed.any(-1, keepdim=True)
@@ -55,8 +66,7 @@ def given_back(drawn: Keep, keep: Keep, rescued: Tensor | None, may: Allowed | N
         acted = (changed & may).any(-1, keepdim=True)
     if rescued is not None:
         acted = acted | (rescued if may is None else rescued & may.any(-1, keepdim=True))
-    acted = acted.expand(*drawn.shape[:2], queries, 1)
-    return torch.stack([torch.count_nonzero(acted), torch.tensor(acted.numel(), device=acted.device)])
+    return acted.expand(*drawn.shape[:2], queries, 1)
 
 
 def _first_key(may: Tensor | None, keys: int, device: torch.device) -> Bool[Tensor, "Bm 1 1 K"]:

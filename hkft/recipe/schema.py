@@ -18,6 +18,7 @@ from hkft.dropout.method import (
     Method,
     Pattern,
     Position,
+    Protect,
     Rescale,
     Schedule,
     Site,
@@ -237,6 +238,9 @@ class SiteRecord(Section):
     rescale: Rescale | None = Field(None, description="null: the position's own")
     schedule: Schedule = Field("constant", description="constant | linear_up | linear_down, over the layers")
     start: Start = Field("uniform", description="of a span of hidden tokens: uniform | attended")
+    protect: Protect = Field(
+        "first_key", description="of an attention row that would lose all keys: first_key | row | none"
+    )
 
     def site(self) -> Site:
         return Site(**self.model_dump())

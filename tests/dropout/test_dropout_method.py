@@ -325,6 +325,7 @@ def test_as_dict_content() -> None:
                 "rescale": "none",
                 "schedule": "constant",
                 "start": "uniform",
+                "protect": "first_key",
             }
         ],
         "consistency": {"kind": "js", "weight": 1.0, "gradient": "one"},

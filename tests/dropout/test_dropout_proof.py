@@ -308,7 +308,7 @@ def test_protected_is_the_share_of_rows_that_were_given_a_key_back(
     model, batch = zoo.build(name), zoo.inputs(name, rows=4, padding="left", real=2)
     drawn, real = [], interface.protect
     monkeypatch.setattr(
-        interface, "protect", lambda keep, may, causal: drawn.append((keep, may)) or real(keep, may, causal)
+        interface, "protect", lambda keep, may, *how: drawn.append((keep, may)) or real(keep, may, *how)
     )
     with attach(model, Method([Site("attention_logits", "column", 0.6, layers="all")])) as attachment:
         zoo.run(model, batch)

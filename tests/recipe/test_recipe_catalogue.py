@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,14 @@ def test_the_experiments_are_these():
         "layers",
         "llama2-mrpc",
         "llama2-rte",
+        "minilm-stsb",
+        "protect",
         "small-ablation",
         "small-branches",
         "small-figure4-rates",
         "small-figure5-ranks",
+        "small-layers",
+        "small-protect",
         "small-table1",
         *sorted(f"table1-{task}" for task in TABLE1),
         "table2-e2e",
@@ -86,7 +91,7 @@ def test_an_experiment_is_what_its_head_says(name, tmp_path, monkeypatch):
     assert all(len(line) <= 127 for line in head)
     text = " ".join(head)
     assert [int(count) for count in re.findall(r"(\d+) runs[ ,]", text.replace("3 runs, ", ""))] == [runs(recipe)]
-    assert name in SMALL or "not run by us" in text.lower()
+    assert name in (*SMALL, "paper/minilm-stsb") or "not run by us" in text.lower()
     for twin in re.findall(r"paper/small-[a-z0-9-]+", text):
         assert twin in PAPER
 
@@ -117,7 +122,11 @@ def test_the_paper_s_cell_exists_and_has_a_number_for_every_method(name):
 
 
 def test_experiments_without_a_number_are_the_small_ones_and_the_rank_sweep():
-    assert [name for name in PAPER if load(name).compare.paper is None] == ["paper/figure5-ranks", *SMALL]
+    assert [name for name in PAPER if load(name).compare.paper is None] == [
+        "paper/figure5-ranks",
+        "paper/minilm-stsb",
+        *SMALL,
+    ]
 
 
 @pytest.mark.parametrize("task", TABLE1)
@@ -172,6 +181,18 @@ def test_the_small_experiments_share_their_runs_which_need_no_network():
     assert first.model.name.startswith("package:")
     assert first.data.train.startswith("package:")
     assert (first.data.test, first.data.validation) == (0.2, 0.1)
+
+
+def test_only_the_protective_rule_differs():
+    recipe = load("paper/protect")
+    for label, values in recipe.compare.variants.items():
+        name, _, rule = label.partition(" ")
+        like = find(name).with_rate(0.1).sites
+        made = varied(recipe, values).method.sites
+        expected = {"by row": "row", "unprotected": "none"}[rule]
+        assert made == tuple(
+            replace(site, protect=expected) if site.position == "attention_logits" else site for site in like
+        )
 
 
 def test_layers_move_and_nothing_else():
