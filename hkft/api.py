@@ -41,12 +41,14 @@ def train(
     return began.folder
 
 
-def evaluate_test(folder: RunFolder, tell: Listener = silent) -> None:
+def evaluate_test(folder: RunFolder, tell: Listener = silent, shelf: Shelf | None = None) -> None:
     """What `hkft eval RUN --split test` does: the best adapter on the recipe's test rows, into the run folder."""
     from hkft.evaluation import saved
+    from hkft.training.shelf import Shelf
 
-    loaded = saved.load_saved(folder.path, tell=tell)
-    saved.keep(loaded, "test", saved.evaluate(loaded, "test", tell))
+    shelf = shelf or Shelf(keeps=False)
+    loaded = saved.load_saved(folder.path, tell=tell, base=shelf.base)
+    saved.keep(loaded, "test", saved.evaluate(loaded, "test", tell, shelf.test_rows(loaded, tell)))
 
 
 def plan(
@@ -143,7 +145,7 @@ def _runner() -> Runner:
             if folder.status != "finished":
                 train(cell.recipe, output=folder.path, resume=resume, tell=tell, shelf=shelf)
             if cell.recipe.data.test is not None:
-                evaluate_test(folder, tell)
+                evaluate_test(folder, tell, shelf)
         finally:
             gc.collect()  # a trainer and its model hold each other: the next cell needs their memory
 

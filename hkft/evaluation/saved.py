@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from hkft.events import Listener, Notice, Stage, silent
 from hkft.folder import RunFolder, read_json, write_json, write_jsonl
 from hkft.model import build, memory
 from hkft.recipe import Recipe, load
+
+Base = Callable[[Recipe, Sequence[str] | None, int | None], PreTrainedModel]
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,11 @@ def load_saved(
     recipe: str | Path | None = None,
     overrides: Sequence[str] = (),
     tell: Listener = silent,
+    base: Base = build.base,
 ) -> Saved:
     """Load a run or an adapter for use. An adapter without a run needs `recipe`, which says base, task and data.
 
-    The labels are those of the run, never those of the data it is now shown. Raises UsageError, SetupError, RecipeError.
+    base: gives the base model of a recipe, its labels and its padding. The labels are those of the run, never those of the data it is now shown. Raises UsageError, SetupError, RecipeError.
     """
     folder, adapter = find(source, checkpoint)
     if folder is None and recipe is None:
@@ -91,8 +94,7 @@ def load_saved(
     tokenizer = build.tokenizer(read)
     tokenise.ensure_padding(tokenizer, silent)
     with memory.while_loading(read):
-        base = build.base(read, labels, build.padding_id(tokenizer))
-        model = _adapted(base, adapter).eval()
+        model = _adapted(base(read, labels, build.padding_id(tokenizer)), adapter).eval()
     return Saved(model, tokenizer, read, labels, folder, adapter)
 
 
@@ -114,12 +116,16 @@ def examples_of(saved: Saved, split: str, tell: Listener = silent) -> Any:
     return tokenise.tokenise(chosen, saved.tokenizer, recipe.data.max_length, tell, name=split)
 
 
-def evaluate(saved: Saved, split: str = "validation", tell: Listener = silent) -> Predictions | Completions:
+def evaluate(
+    saved: Saved, split: str = "validation", tell: Listener = silent, examples: Any = None
+) -> Predictions | Completions:
     """Predictions on a split, computed as training computes them at every look, so the numbers are the same.
 
-    Of a decoder also the text it writes, and the scores of `generation.metrics`, unless that is empty.
+    Of a decoder also the text it writes, and the scores of `generation.metrics`, unless that is empty. examples: those of
+    the split, where they are there already.
     """
-    recipe, examples = saved.recipe, examples_of(saved, split, tell)
+    recipe = saved.recipe
+    examples = examples_of(saved, split, tell) if examples is None else examples
     with memory.while_looking(recipe):
         seen = look(
             saved.model,

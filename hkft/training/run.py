@@ -106,7 +106,7 @@ def begin(
     heard(Stage(f"loading {recipe.model.name}"))
     set_seed(recipe.seed)
     with memory.while_loading(recipe):
-        model = build.with_lora(shelf.base(recipe, material), recipe)
+        model = build.with_lora(shelf.base(recipe, material.labels, build.padding_id(material.tokenizer)), recipe)
     with _nothing_left(folder.path), ExitStack() as held:
         trainer = _trainer(recipe, material, model, folder, heard)
         if int(os.environ.get("RANK", "0")) == 0:  # of several processes of one run the first one writes

@@ -29,6 +29,10 @@ def train(recipe_file, tmp_path):
     return train
 
 
+def base_of(shelf, recipe, material):
+    return shelf.base(recipe, material.labels, build.padding_id(material.tokenizer))
+
+
 def facts(run: RunFolder):
     """Everything that is not time: the losses of every step, the looks, the rows, and what is predicted of each."""
     timed = ("seconds", "samples_per_s", "tokens_per_s")
@@ -54,12 +58,28 @@ def test_runs_that_share_are_those_that_do_not(train):
     cells = [("dropout.method=none",), ("dropout.method=hiddenkey",), ("dropout.method=dropkey", "seed=2"),
              ("dropout.method=none", "seed=2")]  # fmt: skip
     shared = [train(shelf, *cell) for cell in cells]
-    assert shelf.taken == {"material": 2, "base": 2}
+    assert shelf.taken == {"material": 2, "test": 0, "base": 2}
     for cell, run in zip(cells, shared, strict=True):
         torch.rand(3)  # where the process's generators stand is nothing to a run
         same(run, train(None, *cell))
     assert shared[0].splits.read_text() != shared[2].splits.read_text()
     assert any(not torch.equal(weights(shared[0])[name], weights(shared[1])[name]) for name in weights(shared[0]))
+
+
+def test_looks_at_test_rows_share_too(train):
+    shelf = Shelf()
+    cells = [(f"dropout.method={method}", "data.test=0.3") for method in ("none", "dropkey")]
+    for cell in cells:
+        shared, own = train(shelf, *cell), train(None, *cell)
+        told, alone = [], []
+        api.evaluate_test(shared, told.append, shelf)
+        api.evaluate_test(own, alone.append)
+        assert shared.predictions("test").read_text() == own.predictions("test").read_text()
+        assert read_json(shared.summary)["test"] == read_json(own.summary)["test"]
+        assert [each for each in told if isinstance(each, Notice)] == [
+            each for each in alone if isinstance(each, Notice)
+        ]
+    assert shelf.taken == {"material": 1, "test": 1, "base": 3}  # the first run's test rows take its base
 
 
 def test_a_resumed_run_may_share_too(train, recipe_file, tmp_path, monkeypatch):
@@ -72,7 +92,7 @@ def test_a_resumed_run_may_share_too(train, recipe_file, tmp_path, monkeypatch):
         shutil.rmtree(checkpoint)
     api.train(load(recipe_file, ["dropout.method=none"]), output=tmp_path / "before", shelf=shelf)
     resumed = api.train(recipe, output=cut, resume=True, shelf=shelf)
-    assert shelf.taken == {"material": 1, "base": 1}
+    assert shelf.taken == {"material": 1, "test": 0, "base": 1}
     assert [look["validation"] for look in resumed.records("eval")] == [
         look["validation"] for look in whole.records("eval")
     ]
@@ -82,9 +102,9 @@ def test_a_resumed_run_may_share_too(train, recipe_file, tmp_path, monkeypatch):
 def test_training_leaves_what_is_on_the_shelf_as_it_was(recipe_file, tmp_path):
     shelf, recipe = Shelf(), load(recipe_file, SHORT)
     material = shelf.material(recipe, lambda _: None)
-    before = {name: value.clone() for name, value in shelf.base(recipe, material).state_dict().items()}
+    before = {name: value.clone() for name, value in base_of(shelf, recipe, material).state_dict().items()}
     api.train(recipe, output=tmp_path / "run", shelf=shelf)
-    after = shelf.base(recipe, material).state_dict()
+    after = base_of(shelf, recipe, material).state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert shelf.material(recipe, lambda _: None) is material
@@ -93,14 +113,14 @@ def test_training_leaves_what_is_on_the_shelf_as_it_was(recipe_file, tmp_path):
 def test_a_copy_is_no_alias_and_leaves_the_stream_where_loading_does(recipe_file):
     shelf, recipe = Shelf(), load(recipe_file)
     material = prepare(recipe, lambda _: None)
-    one = shelf.base(recipe, material)
+    one = base_of(shelf, recipe, material)
     stream = torch.rand(4)
-    other = shelf.base(recipe, material)
+    other = base_of(shelf, recipe, material)
     assert torch.equal(torch.rand(4), stream)
     with torch.no_grad():
         for parameter in one.parameters():
             parameter.add_(1)
-    third = shelf.base(recipe, material).state_dict()
+    third = base_of(shelf, recipe, material).state_dict()
     assert all(torch.equal(value, third[name]) for name, value in other.state_dict().items())
 
 
@@ -111,8 +131,8 @@ def test_a_copy_is_no_alias_and_leaves_the_stream_where_loading_does(recipe_file
 def test_what_another_value_leaves_on_the_shelf(recipe_file, setting, material, base):
     shelf = Shelf()
     for recipe in (load(recipe_file), load(recipe_file, [setting])):
-        shelf.base(recipe, shelf.material(recipe, lambda _: None))
-    assert shelf.taken == {"material": material, "base": base}
+        base_of(shelf, recipe, shelf.material(recipe, lambda _: None))
+    assert shelf.taken == {"material": material, "test": 0, "base": base}
 
 
 @pytest.mark.parametrize("labels", [["positive", "unsure"], ["positive", "negative", "unsure"]])
@@ -124,7 +144,7 @@ def test_a_head_is_of_the_labels_of_its_own_data(recipe_file, reviews, tmp_path,
     shelf = Shelf()
     for recipe in (load(recipe_file), load(recipe_file, [f"data.train={other}"])):
         material = shelf.material(recipe, lambda _: None)
-        base = shelf.base(recipe, material)
+        base = base_of(shelf, recipe, material)
         assert base.num_labels == len(material.labels)
         assert tuple(base.config.id2label.values()) == material.labels
 
@@ -143,15 +163,15 @@ def test_quantised_and_large_weights_are_loaded_anew(recipe_file, monkeypatch):
         monkeypatch.setattr(shelves, "SHARE", share)
         shelf, recipe = Shelf(), load(recipe_file, [f"model.quantization={quantization}"])
         for _ in range(2):
-            shelf.base(recipe, material)
+            base_of(shelf, recipe, material)
         assert made == [quantization] * loaded
 
 
 def test_a_shelf_that_keeps_nothing(recipe_file):
     shelf, recipe = Shelf(keeps=False), load(recipe_file)
     for _ in range(2):
-        shelf.base(recipe, shelf.material(recipe, lambda _: None))
-    assert (shelf.material_of, shelf.base_of, shelf.taken) == (None, None, {"material": 0, "base": 0})
+        base_of(shelf, recipe, shelf.material(recipe, lambda _: None))
+    assert (shelf.rows_of, shelf.base_of, shelf.taken) == ({}, None, {"material": 0, "test": 0, "base": 0})
 
 
 def test_notices_are_told_again(train):
