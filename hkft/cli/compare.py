@@ -19,9 +19,15 @@ def compare(
     ] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="A recipe to run the grid on.")] = None,
     methods: Annotated[
-        str | None, typer.Option(help="Methods, by commas: none,dropkey/span. Without the recipe's variants.")
+        str | None,
+        typer.Option(
+            help="Methods, by commas: none,dropkey/span. Without the recipe's variants. Default: the recipe's, or none,hiddenkey-,hiddenkey."
+        ),
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="How many seeds, from the recipe's own; or which: 1,2,7.")] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="How many seeds, from the recipe's own; or which: 1,2,7. Default: the recipe's, or 3."),
+    ] = None,
     rates: Annotated[str | None, typer.Option(help="Dropout rates, by commas: one is chosen by validation.")] = None,
     ranks: Annotated[str | None, typer.Option(help="Ranks of LoRA, by commas: methods are compared at each.")] = None,
     grid: Annotated[

@@ -12,9 +12,10 @@ from typing import Any
 from hkft.comparison import paper
 from hkft.comparison.bootstrap import Bootstrap, Pair, bootstrap
 from hkft.comparison.choice import Standing, standings
+from hkft.comparison.examples import Examples
 from hkft.comparison.fairness import chosen_by_few, notes, unfair
 from hkft.comparison.foreign import Foreign, told_apart
-from hkft.comparison.runs import Examples, Group, Run, finished, grouped
+from hkft.comparison.runs import Group, Run, finished, grouped, names_beside
 from hkft.comparison.statistics import Difference, McNemar, Sample, describe, mcnemar, of_pairs
 from hkft.diagnostics.gap import LOWER_IS_BETTER, main_metric
 from hkft.errors import HkftError, UsageError
@@ -71,8 +72,8 @@ def measures(metric: str, tested: bool) -> tuple[Measure, ...]:
 class Score:
     """One measure of one row. difference: to the baseline; None for the baseline itself.
 
-    bootstrap, mcnemar: of the main measure, from the predictions on single rows, where they are kept and it is a mean over
-    them; McNemar's for single runs.
+    bootstrap, mcnemar: of the main measure, from the predictions on single rows, where they are kept and each has a share in
+    it (see `examples`); McNemar's for single runs.
     """
 
     values: Mapping[int, float]  # by seed
@@ -174,13 +175,14 @@ def compare(
     """Compare the finished runs among `folders`; curves of other tools are shown beside them.
 
     baseline: a row's label, or a method; None takes `none` if it is there, else the first. failed: those of a grid's cells
-    that have no finished run. paper_cell: see `paper`. names: of rows, by the folders of their runs. Raises UsageError
+    that have no finished run. paper_cell: see `paper`. names: of rows, by the folders of
+    their runs; None: what the grids called them that ran them. Raises UsageError
     where a folder holds no run, where none is finished, where their tasks differ, and for a baseline that is no row.
     """
     own, foreign = told_apart(folders)
     runs, left_out = finished(own)
     task, metric = _common(runs)
-    groups, repeated = grouped(runs, names)
+    groups, repeated = grouped(runs, names or names_beside(own))
     standing = standings(groups, baseline)
     tested = [bool(run.summary.get("test")) for run in runs]
     compared = measures(metric, all(tested))

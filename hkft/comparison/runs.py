@@ -11,32 +11,18 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from hkft.errors import UsageError
+from hkft.comparison.examples import Examples, of_records
+from hkft.errors import HkftError, UsageError
 from hkft.folder import RunFolder, open_run, read_json, read_jsonl
 from hkft.recipe.text import parse
 
 NOT_SETTINGS = ("seed", "model.device")  # what is repeated, and where it ran
 LONGEST = 24  # characters of a value in a label
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Of each row of a set: which it is, its number, and how much that weighs in the mean (a completion's tokens)."""
-
-    ids: tuple[Any, ...]
-    values: NDArray[np.floating]
-    weights: NDArray[np.integer]
-
-    @property
-    def sums(self) -> NDArray[np.floating]:
-        return self.values * self.weights
 
 
 @dataclass(frozen=True)
@@ -90,22 +76,17 @@ class Run:
         return RunFolder(self.folder).records("eval")
 
     def examples(self, split: str, name: str) -> Examples | None:
-        """Of the best checkpoint, the loss or the rightness of every row of "validation" or "test".
+        """Of the best checkpoint, the share in `name` of every row of "validation" or "test": see `examples`.
 
-        None where it is not kept, where `name` is no mean over rows, and where it is not what the summary was made of.
+        None where predictions are not kept, where `name` has no shares, and where they are not what the summary was made of.
         """
-        records = read_jsonl(RunFolder(self.folder).predictions(split))
-        if not records or name not in ("loss", "accuracy") or (name == "accuracy" and "tokens" in records[0]):
-            return None
-        values = [
-            record["label"] == record["prediction"] if name == "accuracy" else record["loss"] for record in records
-        ]
-        weights = np.array([record.get("tokens", 1) if name == "loss" else 1 for record in records])
-        found = Examples(tuple(record["id"] for record in records), np.array(values, dtype=np.float64), weights)
+        folder = RunFolder(self.folder)
+        labels = read_json(folder.splits)["labels"] if folder.splits.exists() else None
+        found = of_records(read_jsonl(folder.predictions(split)), name, labels)
         told = self.summary.get("test") if split == "test" else (self.summary.get("best") or {}).get("validation")
-        mean = found.sums.sum() / found.weights.sum()
         number = (told or {}).get(name)
-        return found if number is None or math.isclose(mean, number, rel_tol=1e-3, abs_tol=1e-6) else None
+        fits = found is None or number is None or math.isclose(found.mean, number, rel_tol=1e-3, abs_tol=1e-6)
+        return found if fits else None
 
 
 @dataclass(frozen=True)
@@ -170,6 +151,16 @@ def grouped(runs: Sequence[Run], names: Mapping[Path, str] | None = None) -> tup
                 repeated.append(f"{run.folder} is left out: {group.label}, seed {run.seed} is there already")
             group.runs.setdefault(run.seed, run)
     return groups, repeated
+
+
+def names_beside(folders: Sequence[Path]) -> dict[Path, str]:
+    """What the grids called the rows of these runs, by run folder: from the comparison.json beside them."""
+    found = {}
+    for grid in {folder.parent for folder in folders}:
+        with suppress(HkftError):  # none was run there, or its file is damaged
+            rows = read_json(grid / "comparison.json").get("rows", [])
+            found |= {grid / Path(run).name: row["label"] for row in rows for run in row["runs"]}
+    return found
 
 
 def differing(runs: Sequence[Run]) -> list[str]:

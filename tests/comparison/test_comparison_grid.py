@@ -173,6 +173,22 @@ def test_a_grid_is_run_compared_and_written(stub, recipe, tmp_path):
     assert "- dropkey, seed 2 failed: nan\n" in (tmp_path / "g" / "comparison.md").read_text()
 
 
+def test_a_grid_compared_later_has_its_names_wherever_it_was_moved(stub, recipe, tmp_path):
+    variants = {"a rank of two": {"lora.r": 2}, "decay": {"train.weight_decay": 0.1}}
+    made, folder = api.compare(recipe.path, ["none"], 2, variants=variants, output=tmp_path / "g", runner=stub())
+    labels = ["none", *variants]
+    assert [row.label for row in made.rows] == labels
+    moved = folder.rename(tmp_path / "moved")
+    again = api.compare_runs([moved])
+    assert {row.label: row.seeds for row in again.rows} == dict.fromkeys(labels, (1, 2))
+    (moved / "comparison.json").write_text("{")
+    assert {row.label for row in api.compare_runs([moved]).rows} == {
+        "none",
+        "none lora.r=2",
+        "none train.weight_decay=0.1",
+    }
+
+
 def test_a_grid_of_which_nothing_is_left_raises_what_its_cells_raised(stub, recipe, tmp_path):
     error = DataError("the file is empty", where="rows.csv")
     with pytest.raises(HkftError) as raised:

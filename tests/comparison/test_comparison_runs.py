@@ -6,7 +6,7 @@ import pytest
 from hkft import api
 from hkft.comparison.runs import finished, grouped
 from hkft.evaluation import saved
-from hkft.folder import RunFolder, read_json, write_jsonl
+from hkft.folder import RunFolder, read_json, write_json, write_jsonl
 
 
 @pytest.fixture
@@ -89,8 +89,10 @@ def test_examples_of_a_classification(run_of):
     assert (found.ids, found.values.tolist(), found.weights.tolist()) == ((0, 1), [1.0, 0.0], [1, 1])
     assert run.examples("test", "loss").sums.tolist() == [0.1, 2.5]
     assert run.examples("validation", "accuracy") is None
-    for no_mean in ("f1", "matthews_correlation"):
-        assert run.examples("test", no_mean) is None
+    assert run.examples("test", "f1") is None  # nobody said which class is the second
+    write_json(RunFolder(run.folder).splits, {"labels": ["no", "yes"]})
+    assert run.examples("test", "f1").mean == pytest.approx(2 / 3)
+    assert run.examples("test", "spearman") is None
 
 
 def test_examples_of_a_regression(run_of):
