@@ -22,7 +22,7 @@ from hkft.evaluation.look import look
 from hkft.evaluation.predict import Predictions
 from hkft.events import Listener, Notice, Stage, silent
 from hkft.folder import RunFolder, read_json, write_json, write_jsonl
-from hkft.model import build, memory
+from hkft.model import build, memory, pickles
 from hkft.recipe import Recipe, load
 
 Base = Callable[[Recipe, Sequence[str] | None, int | None], PreTrainedModel]
@@ -170,6 +170,7 @@ def keep(saved: Saved, split: str, predictions: Predictions | Completions) -> st
 
 def _adapted(base: PreTrainedModel, adapter: Path) -> PeftModel:
     """The base model with the adapter's weights, every one of them. Raises SetupError where they do not fit."""
+    pickles.refuse(adapter)
     try:
         with warnings.catch_warnings():
             # PEFT leaves what it does not find at its first value, which is no adapter at all

@@ -28,6 +28,7 @@ from hkft.errors import SetupError, UsageError
 from hkft.evaluation.saved import Saved, find, load_saved
 from hkft.events import Listener, Notice, Stage
 from hkft.folder import RunFolder
+from hkft.model import pickles
 from hkft.model.build import auto_class, location, pad_with, padding_id
 from hkft.recipe import load as load_recipe
 
@@ -155,10 +156,12 @@ def _alone(origin: Origin, tell: Listener) -> Adapted:
     if task_type == "SEQ_CLS" and tokenizer and tokenizer.eos_token:
         ensure_padding(tokenizer, tell)
     labels = _labels(origin.adapter, config) if task_type in ("SEQ_CLS", "TOKEN_CLS") else None
+    pickles.refuse(origin.adapter)
+    pickles.refuse(location(origin.base))
     try:
         dtype = _stored_dtype(origin)
         model = AUTO[task_type].from_pretrained(
-            str(origin.adapter), dtype=torch.float32, **({"num_labels": labels} if labels else {})
+            str(origin.adapter), dtype=torch.float32, use_safetensors=True, **({"num_labels": labels} if labels else {})
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise SetupError(
@@ -194,7 +197,7 @@ def _stored_dtype(origin: Origin) -> str:
             where=origin.base,
             hint="--recipe and --set model.name=... name the model it was quantised from",
         )
-    model = AutoModel.from_pretrained(source, config=config, revision=origin.revision, dtype="auto", device_map="meta")
+    model = AutoModel.from_pretrained(source, config=config, revision=origin.revision, dtype="auto", device_map="meta", use_safetensors=True)
     return next((name for name, dtype in DTYPES.items() if dtype == model.dtype), "float32")
 
 

@@ -21,6 +21,7 @@ from transformers import (
 from hkft.data.sources import package_path
 from hkft.dropout import families
 from hkft.errors import MethodError, RecipeError, SetupError, nearest
+from hkft.model import pickles
 from hkft.model.vocabulary import inner_model
 
 if TYPE_CHECKING:
@@ -77,11 +78,17 @@ def base(recipe: Recipe, labels: Sequence[str] | None, pad_token_id: int | None 
     place = device(recipe.model.device)
     try:
         config = configuration(recipe, labels)
+        pickles.refuse(location(recipe.model.name))
         dtype = weights_dtype(recipe.model.dtype, config, place)
         quantised = _quantisation(recipe, place, config, dtype)
         torch.manual_seed(recipe.seed)  # the head's initial weights
         model = auto_class(recipe.task).from_pretrained(
-            location(recipe.model.name), config=config, revision=recipe.model.revision, dtype=dtype, **quantised
+            location(recipe.model.name),
+            config=config,
+            revision=recipe.model.revision,
+            dtype=dtype,
+            use_safetensors=True,
+            **quantised,
         )
     except (OSError, ValueError, KeyError) as error:
         raise _missing(recipe.model.name, error) from error

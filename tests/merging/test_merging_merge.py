@@ -352,6 +352,23 @@ def test_base_that_is_not_there(adapter: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_pickled_weights_are_not_opened(adapter: Path, run: Path, tmp_path: Path) -> None:
+    """Not the base's, not the adapter's, with a recipe or without."""
+    base = tmp_path / "base"
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    for how in ({}, {"recipe": run.parent / "small.yaml"}):
+        with pytest.raises(SetupError, match="opening a pickle runs the code in it") as caught:
+            merge(adapter, tmp_path / "out", **how)
+        assert caught.value.problems[0].found == "adapter_model.bin"
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(SetupError, match="opening a pickle runs the code in it") as caught:
+        merge(run, tmp_path / "out", overrides=[f"model.name={base}"])
+    assert caught.value.problems[0].where == str(base)
+    assert not (tmp_path / "out").exists()
+
+
 def test_adapter_without_its_head(adapter: Path, tmp_path: Path) -> None:
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file({k: v for k, v in weights.items() if "classifier" not in k}, adapter / "adapter_model.safetensors")
