@@ -22,6 +22,7 @@ from hkft.errors import HkftError, UsageError
 from hkft.folder import jsonable
 
 SCHEMA_VERSION = 2
+BESIDE = "test_as_paper"  # the key of a test metric that is compared since the paper reports it
 NO_WORD = "not chosen: another value of this method did better on validation"
 
 
@@ -47,16 +48,19 @@ class Measure:
         return "test" if self.place[0] == "test" else "validation"
 
 
-def measures(metric: str, tested: bool) -> tuple[Measure, ...]:
+def measures(metric: str, tested: bool, beside: str | None = None) -> tuple[Measure, ...]:
     """What is compared, the main one first. A gap is validation minus probe: the smaller, the better.
 
-    tested: every run was looked at on test rows, by the checkpoint that validation chose.
+    tested: every run was looked at on test rows, by the checkpoint that validation chose. beside: another metric of theirs,
+    that the paper reports.
     """
     lower = metric in LOWER_IS_BETTER
-    test = (
+    test = [
         Measure("test", f"test {metric}", ("test", metric), lower),
         Measure("test_loss", "test loss", ("test", "loss"), True),
-    )
+    ]
+    if beside:
+        test.insert(1, Measure(BESIDE, f"test {beside}", ("test", beside), beside in LOWER_IS_BETTER))
     return (
         *(test if tested else ()),
         Measure("best", f"{'validation' if tested else 'best'} {metric}", ("best", "validation", metric), lower),
@@ -185,7 +189,13 @@ def compare(
     groups, repeated = grouped(runs, names or names_beside(own))
     standing = standings(groups, baseline)
     tested = [bool(run.summary.get("test")) for run in runs]
-    compared = measures(metric, all(tested))
+    reported = paper.cell(paper_cell).metric if paper_cell else metric
+    if reported != metric and not all(reported in (run.summary.get("test") or {}) for run in runs):
+        left_out.append(
+            f"the paper's numbers are left out: they are of test {reported}, which not every run was scored by"
+        )
+        paper_cell = None
+    compared = measures(metric, all(tested), reported if paper_cell and reported != metric else None)
     if any(tested) and not all(tested):
         lacking = [str(run.folder) for run in runs if not run.summary.get("test")]
         left_out.append(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hkft.comparison.compare import Comparison, Row, Score
+from hkft.comparison.compare import BESIDE, Comparison, Row, Score
 from hkft.comparison.statistics import Difference, Sample
 from hkft.folder import write_text
 
@@ -36,13 +36,14 @@ def columns(comparison: Comparison) -> list[Column]:
 
     def change(row: Row) -> str:
         found = row.scores[main].difference
-        return NOTHING if found is None or found.mean is None else f"{found.mean:+.4f}{mark(row.scores[main])}"
+        return NOTHING if found is None or found.mean is None else f"{found.mean:+z.4f}{mark(row.scores[main])}"
 
     shown = [
         Column("method", lambda row: row.label, 0, right=False),
         Column("seeds", lambda row: str(len(row.seeds)), 1),
         Column(titles[main], lambda row: spread(row.scores[main], 4), 2),
         Column("median", lambda row: number(row.scores[main].sample.median, 4), 8),
+        *([Column(titles[BESIDE], lambda row: spread(row.scores[BESIDE], 4), 3)] if BESIDE in titles else []),
         Column("paper", lambda row: number(row.paper, 4), 3),
         Column("difference", change, 4),
         Column(titles["best"], lambda row: spread(row.scores["best"], 4), 10),
@@ -313,7 +314,7 @@ def _evidence(score: Score) -> str:
     drawn, single = score.bootstrap, score.mcnemar
     if drawn and drawn.mean is not None and drawn.p is not None and drawn.seeds != 2:  # two say next to nothing
         over = "other rows" if drawn.seeds == 1 else "other seeds and other rows"
-        told += f"; with {over} {drawn.low:+.4f} to {drawn.high:+.4f}, p = {drawn.p:.2g} (bootstrap)"
+        told += f"; with {over} {drawn.low:+z.4f} to {drawn.high:+z.4f}, p = {drawn.p:.2g} (bootstrap)"
     if single:
         told += f"; only it is right on {single.only_method} rows, only the baseline on {single.only_baseline}"
         told += f" (McNemar p = {single.p:.2g}, of these two runs alone)"
@@ -327,7 +328,7 @@ def _by_word(rows: Sequence[Row], key: str, title: str) -> str:
         difference = row.scores[key].difference
         if difference is not None:
             sure = difference.word != "cannot tell" and difference.mean is not None and difference.p_holm is not None
-            told = f" ({difference.mean:+.3f}, p = {difference.p_holm:.2g})" if sure else ""
+            told = f" ({difference.mean:+z.3f}, p = {difference.p_holm:.2g})" if sure else ""
             found.setdefault(difference.word, []).append(row.label + told)
     bases = " or ".join(dict.fromkeys(row.baseline for row in rows))
     said = {"better": "better", "worse": "worse", "cannot tell": "cannot tell for"}
@@ -338,13 +339,13 @@ def _difference(found: Difference) -> str:
     """`; +0.0030 (-0.0100 to +0.0160), p = 0.43, effect 0.6, won 3 of 5 seeds, tied 1`."""
     if found.mean is None:
         return ""
-    interval = "" if found.low is None else f" ({found.low:+.4f} to {found.high:+.4f})"
+    interval = "" if found.low is None else f" ({found.low:+z.4f} to {found.high:+z.4f})"
     p = "" if found.p_holm is None else ", p < 0.001" if found.p_holm < 0.001 else f", p = {found.p_holm:.2g}"
-    effect = "" if found.effect is None else f", effect {found.effect:+.1f}"
+    effect = "" if found.effect is None else f", effect {found.effect:+z.1f}"
     seeds = (
         "" if found.n < 2 else f", won {found.wins} of {found.n} seeds" + (f", tied {found.ties}" if found.ties else "")
     )
-    return f"; {found.mean:+.4f}{interval}{p}{effect}{seeds}"
+    return f"; {found.mean:+z.4f}{interval}{p}{effect}{seeds}"
 
 
 def _wrapped(title: str) -> int:

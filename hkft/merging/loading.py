@@ -197,7 +197,9 @@ def _stored_dtype(origin: Origin) -> str:
             where=origin.base,
             hint="--recipe and --set model.name=... name the model it was quantised from",
         )
-    model = AutoModel.from_pretrained(source, config=config, revision=origin.revision, dtype="auto", device_map="meta", use_safetensors=True)
+    model = AutoModel.from_pretrained(
+        source, config=config, revision=origin.revision, dtype="auto", device_map="meta", use_safetensors=True
+    )
     return next((name for name, dtype in DTYPES.items() if dtype == model.dtype), "float32")
 
 

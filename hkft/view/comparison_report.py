@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from hkft.comparison import paper, tables
 from hkft.comparison.choice import TUNED
-from hkft.comparison.compare import Comparison, Row
+from hkft.comparison.compare import BESIDE, Comparison, Row
 from hkft.comparison.statistics import Difference, Sample
 from hkft.view import words
 from hkft.view.page import write_page
@@ -133,7 +133,9 @@ def _side_by_side(comparison: Comparison) -> tuple[Table, Table]:
     best = tables.best_of(comparison) if comparison.compared[1:] else ()
     main = comparison.measure.title
     known = tables.columns(comparison)
-    first = [one for one in known if one.title in ("method", "seeds", main, "paper", "difference", "time", "verdicts")]
+    beside = [one.title for one in comparison.measures if one.key == BESIDE]
+    wanted = ("method", "seeds", main, *beside, "paper", "difference", "time", "verdicts")
+    first = [one for one in known if one.title in wanted]
     rest = [one for one in known if one.title == "method" or one not in first]
     found = {row.label: row.scores[comparison.main].difference for row in comparison.compared}
     span = bounds([[(0, 0.0), *((0, _number(end)) for one in found.values() if one for end in _ends(one))]])

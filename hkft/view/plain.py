@@ -63,7 +63,7 @@ class Brief(Plain):
                 yield from fresh
             case Finished():
                 self.training = False
-                yield words.outcome(event.summary)
+                yield words.outcome(event.run, event.summary)
             case _:
                 for _ in super().lines(event):  # it remembers where the run stands
                     pass

@@ -69,7 +69,7 @@ class Drawing:
         elif isinstance(event, Sample) and not self.brief:
             console.print(sample(event), soft_wrap=False)
         elif isinstance(event, Finished) and self.brief:
-            console.print(done(Stage(words.outcome(event.summary)), ascii_only))
+            console.print(done(Stage(words.outcome(event.run, event.summary)), ascii_only))
         elif isinstance(event, Finished):
             console.print(report(screen, event, console.width, ascii_only))
             for line in next_steps(words.next_steps(event.run, event.summary)):

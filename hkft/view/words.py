@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hkft.diagnostics.gap import gap, main_metric
@@ -17,7 +19,7 @@ def number(value: float | None) -> str:
     """A loss, a metric, a rate: three decimals, or three digits where those say nothing; a dash for nothing."""
     if value is None or math.isnan(value):
         return "-"
-    return f"{value:.3f}" if abs(value) < 1e-15 or 0.001 <= abs(value) < 1000 else f"{value:.3g}"
+    return f"{value:z.3f}" if abs(value) < 1e-15 or 0.001 <= abs(value) < 1000 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:
@@ -140,9 +142,10 @@ def _sides(moment: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> s
     return ", ".join(f"validation {name} {number(validation[name])} (gap {number(gaps.get(name))})" for name in told)
 
 
-def outcome(summary: Mapping[str, Any]) -> str:
-    """A run among others, as one line."""
-    name, metric = f"{summary['method']}, seed {summary['seed']}", metric_of(summary)
+def outcome(run: str, summary: Mapping[str, Any]) -> str:
+    """A run among others, as one line. A cell of a grid goes by its folder's name: two rows may have one method."""
+    cell = re.fullmatch(r"(.+)-s\d+-[0-9a-f]{6}", Path(run).name)
+    name, metric = f"{cell[1] if cell else summary['method']}, seed {summary['seed']}", metric_of(summary)
     if not summary.get("best"):
         return f"{name}: {summary['status']}"
     best, end = summary["best"]["validation"], summary["gap"]["final"]["loss"]

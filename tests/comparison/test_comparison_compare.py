@@ -5,6 +5,7 @@ import json
 import pytest
 
 from hkft import api
+from hkft.comparison import tables
 from hkft.comparison.compare import compare
 from hkft.errors import UsageError
 from hkft.folder import RunFolder, write_json
@@ -249,3 +250,22 @@ def test_a_summary_of_a_run_on_a_cpu_explains_its_memory(folder_of):
     environment = RunFolder(folder).environment
     write_json(environment, {"data": {}, "device": "cpu (2 threads)"})
     assert compare([folder]).notes[-1].startswith("on a CPU peak memory is the process's")
+
+
+def test_the_papers_metric_stands_beside_its_number_or_neither_does(folder_of):
+    """BLEU beside token accuracy would be two units in one row."""
+    scored = {"test": {"accuracy": 0.7, "loss": 0.5, "bleu": 61.0}}
+    folders = [folder_of(method, 1, **scored) for method in ("none", "hiddenkey")]
+    found = compare(folders, paper_cell="table2/bleu")
+    titles = [column.title for column in tables.columns(found)]
+    assert [measure.title for measure in found.measures][:2] == ["test accuracy", "test bleu"]
+    assert titles[2:6] == ["test accuracy", "median", "test bleu", "paper"]
+    assert [row.paper for row in found.rows] == [68.50, 69.76]
+    assert found.rows[1].scores["test_as_paper"].sample.mean == 61.0
+    unscored = folder_of("dropkey", 1, test={"accuracy": 0.7, "loss": 0.5})
+    lacking = compare([*folders, unscored], paper_cell="table2/bleu")
+    assert (lacking.paper, [row.paper for row in lacking.rows]) == (None, [None] * 3)
+    assert any("test bleu, which not every run was scored by" in warning for warning in lacking.warnings)
+    same = compare(folders, paper_cell="table1/rte")  # of accuracy: the column that is there anyway
+    assert "test_as_paper" not in {measure.key for measure in same.measures}
+    assert same.rows[1].paper == 0.8810

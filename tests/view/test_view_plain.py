@@ -2,6 +2,7 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -56,6 +57,13 @@ def test_many_runs_in_a_log_file_are_a_line_each(run):
         "tokenising\nwarning: 3 validation rows are also among the training rows\nloading the model\n"
         f"writing the report\n{line}{line}"
     )
+
+
+def test_a_cell_of_a_grid_goes_by_its_row(run):
+    file = io.StringIO()
+    with view(brief=True, console=Console(file=file)) as tell:
+        tell(replace(run[-1], run="runs/compare-paper/rank-2-s1-0a1b2c"))
+    assert file.getvalue().startswith("rank-2, seed 1: best validation loss 0.468")
 
 
 def test_json_asks_for_plain_lines_on_a_terminal_too(run, terminal, quiet):
