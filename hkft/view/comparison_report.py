@@ -17,6 +17,7 @@ from hkft.comparison import paper, tables
 from hkft.comparison.choice import TUNED
 from hkft.comparison.compare import BESIDE, Comparison, Row
 from hkft.comparison.statistics import Difference, Sample
+from hkft.recipe.schema import CUSTOM
 from hkft.view import words
 from hkft.view.page import write_page
 from hkft.view.report import Chart, Table
@@ -96,11 +97,17 @@ def _numbers(comparison: Comparison) -> dict[str, int]:
 
 
 def _styles(comparison: Comparison) -> dict[str, str]:
-    """label -> classes of the style sheet, of the rows that are compared: a method's further ones are dashed."""
+    """label -> classes of the style sheet, of the rows that are compared: a method's further ones are dashed.
+
+    Rows with sites of their own have only the name "custom" in common: each has a colour.
+    """
     numbers, seen = _numbers(comparison), Counter[str]()
     styles = {}
     for row in comparison.compared:
-        styles[row.label] = _style(numbers[row.method], seen[row.method])
+        if row.method == CUSTOM and seen[CUSTOM]:
+            numbers[row.label] = len(numbers)
+        family = row.label if row.label in numbers else row.method
+        styles[row.label] = _style(numbers[family], seen[family])
         seen[row.method] += 1
     return styles
 

@@ -234,6 +234,15 @@ def test_rates_have_a_chart_at_each_rank_and_ranks_have_the_chosen_rates(tuned, 
     assert page.count("/report.html") == 8 * 3  # those that were not chosen too
 
 
+def test_rows_with_sites_of_their_own_have_a_colour_each(comparison, tmp_path):
+    plain = {1: 0.8, 2: 0.82}
+    rows = [row_of(label, plain, plain, tmp_path, method=method) for label, method in (
+        ("none", "none"), ("by row", "custom"), ("unprotected", "custom"), ("dropkey", "dropkey"), ("span", "custom"))]  # fmt: skip
+    page = written(replace(comparison, rows=tuple(rows)), tmp_path / "report.html")
+    styles = {"none": 0, "by row": 1, "dropkey": 2, "unprotected": 3, "span": 4}
+    assert all(LEGEND_OF.format(f"series-{number}", label) in page for label, number in styles.items())
+
+
 def test_many_methods_share_colours_by_other_strokes_and_small_charts(comparison, tmp_path):
     plain = {1: 0.8, 2: 0.82}
     rows = [row_of("none", plain, plain, tmp_path)]
