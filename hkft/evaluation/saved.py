@@ -88,14 +88,21 @@ def load_saved(
             where=str(adapter),
             hint="--recipe names the recipe it was trained with, or one like it",
         )
-    read = load(recipe if recipe is not None else str(_resolved(folder)), overrides)
-    labels = _labels(folder, read, tell)
+    read, labels, tokenizer = described(folder, recipe, overrides, tell)
     tell(Stage(f"loading {read.model.name}"))
-    tokenizer = build.tokenizer(read)
-    tokenise.ensure_padding(tokenizer, silent)
     with memory.while_loading(read):
         model = _adapted(base(read, labels, build.padding_id(tokenizer)), adapter).eval()
     return Saved(model, tokenizer, read, labels, folder, adapter)
+
+
+def described(
+    folder: RunFolder | None, recipe: str | Path | None, overrides: Sequence[str], tell: Listener = silent
+) -> tuple[Recipe, tuple[str, ...] | None, PreTrainedTokenizerBase]:
+    """Recipe, labels and tokenizer of a run, or of a recipe in its stead. Raises SetupError, RecipeError."""
+    read = load(recipe if recipe is not None else str(_resolved(folder)), overrides)
+    labels, tokenizer = _labels(folder, read, tell), build.tokenizer(read)
+    tokenise.ensure_padding(tokenizer, silent)
+    return read, labels, tokenizer
 
 
 def examples_of(saved: Saved, split: str, tell: Listener = silent) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ def card(
     labels: tuple[str, ...] | None,
     metrics: Mapping[str, float] | None,
     verification: Mapping[str, Any] | None,
+    sources: Sequence[str] = (),
+    dequantised: bool = False,
 ) -> str:
     """The card as Markdown with the hub's header. metrics: of the validation set, as training measured them.
 
@@ -35,6 +37,10 @@ def card(
         f" with LoRA and the dropout method `{recipe.method.name}`" if recipe else ""
     )
     rows = {"Base model": f"`{shown(base)}`", "Weights": dtype}
+    if dequantised:
+        rows["Base weights"] = "as training had them: quantised, and back to numbers"
+    if len(sources) > 1:
+        rows["Average of"] = ", ".join(f"`{source}`" for source in sources)
     if recipe is not None:
         rows |= {"Recipe": f"`{recipe_name or recipe.name}`, seed {recipe.seed}"} | _of_recipe(recipe)
     if labels:

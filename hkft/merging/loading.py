@@ -7,7 +7,9 @@ nothing in eval mode, so the configuration that is written is the base's own.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,18 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from hkft.data.tokenise import ensure_padding
 from hkft.errors import SetupError, UsageError
-from hkft.evaluation.saved import Saved, find, load_saved
+from hkft.evaluation.saved import Saved, described, find, load_saved
 from hkft.events import Listener, Notice, Stage
 from hkft.folder import RunFolder
-from hkft.model import pickles
-from hkft.model.build import auto_class, location, pad_with, padding_id
+from hkft.model.build import auto_class, configuration, location, pad_with, padding_id
+from hkft.recipe import Recipe
 from hkft.recipe import load as load_recipe
 
 # PEFT's task types that can be merged, and the class that loads each. Its `_target_class` opens what is written
@@ -40,7 +44,9 @@ AUTO = {
     "SEQ_2_SEQ_LM": peft.AutoPeftModelForSeq2SeqLM,
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-AS_IT_CAME = ("model.native_dropout=keep", "model.quantization=none")
+AS_IT_CAME = ("model.native_dropout=keep",)
+ADAPTER_FILES = ("adapter_config.json", "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # never a pickle
+BASE_FILES = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -69,10 +75,22 @@ class Adapted:
 
     model: PeftModel
     task_type: str  # PEFT's
-    opens: Any  # transformers' Auto class that opens what is written
+    tokenizer: PreTrainedTokenizerBase | None
+    saved: Saved | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is written beside the weights, and how it is opened: known without any weights."""
+
+    task_type: str
+    opens: Any  # transformers' Auto class that opens it
+    config: PreTrainedConfig
+    generation: GenerationConfig | None
     tokenizer: PreTrainedTokenizerBase | None
     dtype: str  # of the base model's files
-    saved: Saved | None
+    recipe: Recipe | None = None
+    labels: tuple[str, ...] | None = None
 
 
 def origin(
@@ -80,9 +98,9 @@ def origin(
 ) -> Origin:
     """Find the adapter that `source` and `checkpoint` name, and its base. An adapter inside a run belongs to that run.
 
-    Raises UsageError, RecipeError.
+    source: a folder, or the hub id of an adapter. Raises UsageError, RecipeError, SetupError.
     """
-    run, adapter = find(source, checkpoint)
+    run, adapter = find(_here(source), checkpoint)
     known: str | None = checkpoint if checkpoint in ("best", "last") else None
     if run is None:
         run, known = _run_around(adapter) if recipe is None else None, None
@@ -105,42 +123,90 @@ def origin(
     return Origin(run, adapter, known, recipe, tuple(overrides), model.name, model.revision, model.quantization)
 
 
-def load(origin: Origin, tell: Listener) -> Adapted:
-    """Load base and adapter, every number in float32. Raises SetupError: no such base, or one that does not fit."""
-    if origin.quantization != "none":
-        tell(
-            Notice(
-                f"trained on a {origin.quantization} base, merged onto the full-precision one: nothing is quantised "
-                "again, and its outputs may differ a little from those seen in training",
-                "warning",
-            )
-        )
-    adapted = _of_recipe(origin, tell) if origin.run or origin.recipe else _alone(origin, tell)
-    adapted.model.float().eval()
+def load(origin: Origin, tell: Listener, quantised: bool = False) -> Adapted:
+    """Load base and adapter, every number in float32. Raises SetupError: no such base, or one that does not fit.
+
+    quantised: the base as it was held in for training.
+    """
+    adapted = _of_recipe(origin, tell, quantised) if origin.run or origin.recipe else _alone(origin, tell)
+    if not quantised:
+        adapted.model.float()
+    adapted.model.eval()
     return adapted
 
 
-def _of_recipe(origin: Origin, tell: Listener) -> Adapted:
+def describe(origin: Origin, tell: Listener) -> Target:
+    """What the merged model will be. Reads no weights. Raises UsageError, SetupError, RecipeError."""
+    if origin.run or origin.recipe:
+        recipe, labels, tokenizer = described(origin.run, origin.recipe, (*origin.overrides, *AS_IT_CAME), tell)
+        kind = "CAUSAL_LM" if recipe.task == "generation" else "SEQ_CLS"
+        opens, config = auto_class(recipe.task), configuration(recipe, labels)
+    else:
+        recipe, labels, tokenizer = None, None, _tokenizer(origin, tell)
+        lora, kind = _of_its_own(origin)
+        if kind == "SEQ_CLS" and tokenizer and tokenizer.eos_token:
+            ensure_padding(tokenizer, tell)
+        opens, heads = AUTO[kind]._target_class, kind in ("SEQ_CLS", "TOKEN_CLS")
+        count = _labels(origin.adapter, lora) if heads else None
+        named = {"num_labels": count} if count else {}
+        config = _configuration(origin, **named)
+    dtype = _stored_dtype(origin)
+    with torch.device("meta"):
+        empty = opens.from_config(config)
+    if kind == "SEQ_CLS" and tokenizer:
+        pad_with(empty, padding_id(tokenizer))
+    generation = None
+    if empty.can_generate():
+        generation = empty.generation_config
+        with suppress(OSError):
+            generation = GenerationConfig.from_pretrained(location(origin.base), revision=origin.revision or "main")
+    empty.config.architectures = [type(empty).__name__]
+    return Target(kind, opens, empty.config, generation, tokenizer, dtype, recipe, labels)
+
+
+def base_folder(origin: Origin) -> Path:
+    """The folder of the base model's files, from the hub where it is no folder. Raises SetupError."""
+    place = Path(location(origin.base)).expanduser()
+    return place if place.is_dir() else _fetched(origin.base, origin.revision, BASE_FILES, "model.name")
+
+
+def _here(source: str | Path) -> str | Path:
+    """A folder as it is; `user/name` that is none, from the hub."""
+    if Path(source).expanduser().exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return source
+    return _fetched(str(source), None, ADAPTER_FILES, str(source))
+
+
+def _fetched(name: str, revision: str | None, files: Sequence[str], where: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise SetupError(
+            "there is no such folder, and no such repository on the hub that can be reached",
+            where=where,
+            found=str(error).strip().splitlines()[0],
+            hint="offline, only what is in the local hub cache can be used",
+        ) from error
+
+
+def _of_recipe(origin: Origin, tell: Listener, quantised: bool) -> Adapted:
+    full = () if quantised else ("model.quantization=none",)
     saved = load_saved(
         origin.run.path if origin.run else origin.adapter,
         checkpoint=str(origin.adapter),
         recipe=origin.recipe,
-        overrides=(*origin.overrides, *AS_IT_CAME),
+        overrides=(*origin.overrides, *AS_IT_CAME, *full),
         tell=tell,
     )
-    task = saved.recipe.task
-    return Adapted(
-        model=saved.model,
-        task_type="CAUSAL_LM" if task == "generation" else "SEQ_CLS",
-        opens=auto_class(task),
-        tokenizer=saved.tokenizer,
-        dtype=_stored_dtype(origin),
-        saved=saved,
-    )
+    kind = "CAUSAL_LM" if saved.recipe.task == "generation" else "SEQ_CLS"
+    return Adapted(saved.model, kind, saved.tokenizer, saved)
 
 
-def _alone(origin: Origin, tell: Listener) -> Adapted:
-    """An adapter without a run or a recipe: its own configuration says what it is, as far as it says it."""
+def _of_its_own(origin: Origin) -> tuple[PeftConfig, str]:
+    """An adapter's own configuration, and its task. Raises UsageError where it says of none that can be merged."""
     config = PeftConfig.from_pretrained(str(origin.adapter))
     task_type = str(getattr(config.task_type, "value", config.task_type))
     if task_type not in AUTO:
@@ -151,15 +217,18 @@ def _alone(origin: Origin, tell: Listener) -> Adapted:
             allowed=", ".join(AUTO),
             hint="--recipe names a recipe that says what it is for",
         )
+    return config, task_type
+
+
+def _alone(origin: Origin, tell: Listener) -> Adapted:
+    """An adapter without a run or a recipe: its own configuration says what it is, as far as it says it."""
+    config, task_type = _of_its_own(origin)
     tell(Stage(f"loading {origin.base}"))
     tokenizer = _tokenizer(origin, tell)
     if task_type == "SEQ_CLS" and tokenizer and tokenizer.eos_token:
         ensure_padding(tokenizer, tell)
     labels = _labels(origin.adapter, config) if task_type in ("SEQ_CLS", "TOKEN_CLS") else None
-    pickles.refuse(origin.adapter)
-    pickles.refuse(location(origin.base))
     try:
-        dtype = _stored_dtype(origin)
         model = AUTO[task_type].from_pretrained(
             str(origin.adapter), dtype=torch.float32, use_safetensors=True, **({"num_labels": labels} if labels else {})
         )
@@ -172,8 +241,7 @@ def _alone(origin: Origin, tell: Listener) -> Adapted:
         ) from error
     if task_type == "SEQ_CLS" and tokenizer:
         pad_with(model, padding_id(tokenizer))
-    opens = AUTO[task_type]._target_class
-    return Adapted(model, task_type, opens, tokenizer, dtype, None)
+    return Adapted(model, task_type, tokenizer, None)
 
 
 def _run_around(adapter: Path) -> RunFolder | None:
@@ -184,13 +252,25 @@ def _run_around(adapter: Path) -> RunFolder | None:
     return folder if folder.exists else None
 
 
+def _configuration(origin: Origin, **changed: Any) -> PreTrainedConfig:
+    """The base model's own. Raises SetupError."""
+    try:
+        return AutoConfig.from_pretrained(location(origin.base), revision=origin.revision, **changed)
+    except (OSError, ValueError, KeyError) as error:
+        raise SetupError(
+            "the adapter's base model could not be loaded",
+            where=str(origin.adapter),
+            found=str(error).strip().splitlines()[0],
+            hint=f"base_model_name_or_path in adapter_config.json is {origin.base!r}",
+        ) from error
+
+
 def _stored_dtype(origin: Origin) -> str:
     """The dtype of the base model's files; float32 for one that a merged model cannot have.
 
     transformers resolves it as it would to load the model; on the meta device it reads no weights.
     """
-    source = location(origin.base)
-    config = AutoConfig.from_pretrained(source, revision=origin.revision)
+    source, config = location(origin.base), _configuration(origin)
     if getattr(config, "quantization_config", None):
         raise SetupError(
             "the base model's files are quantised already: an adapter is merged onto full-precision weights",

@@ -1,35 +1,42 @@
-"""A run or an adapter -> a folder that plain transformers opens, compared with what was trained, then put in place."""
+"""Runs or adapters -> a folder that plain transformers opens, compared with what was trained, then put in place."""
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import torch
+from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
 
-from hkft.errors import CheckFailedError, DivergedError, SetupError, UsageError, nearest
-from hkft.evaluation.predict import Predictions
+from hkft.errors import CheckFailedError, SetupError, UsageError, nearest
 from hkft.events import Listener, Notice, Stage, silent
 from hkft.folder import SCHEMA_VERSION, jsonable, read_json, write_json, write_text
-from hkft.merging import loading, place, verification
+from hkft.merging import loading, place, reference, streaming, verification
 from hkft.merging.card import card, shown
+from hkft.model import pickles
 from hkft.model.memory import out_of_memory
-from hkft.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged model on disk. `verification` is `verification.compare`'s record, None where none was asked for."""
+    """A merged model on disk. `verification` is `verification.compare`'s record, None where none was asked for.
+
+    bases: of an adapter trained on quantised weights, how far either base is from what was trained. streamed: tensor by
+    tensor, not as a whole model in memory.
+    """
 
     path: Path
+    task_type: str  # PEFT's
     dtype: str
+    base: str  # "full" or "dequantised"
+    streamed: bool
     verification: dict[str, Any] | None
+    bases: dict[reference.Base, dict[str, Any]] | None
     bytes: int
     seconds: float
 
@@ -38,39 +45,31 @@ class Merged:
         return jsonable(asdict(self))
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """What is kept of the adapted model once its weights are let go of: enough to compare, and to describe."""
-
-    task_type: str
-    opens: Any
-    device: torch.device
-    recipe: Recipe | None
-    labels: tuple[str, ...] | None
-    dtype: str
-    probe: verification.Probe | None
-    before: Predictions | None
-    effect: float
-
-
 def merge(
-    source: str | Path,
+    source: str | Path | Sequence[str | Path],
     output: str | Path,
     *,
+    weights: Sequence[float] | None = None,
     checkpoint: str = "best",
     dtype: str | None = None,
+    base: reference.Base = "full",
     verify: bool = True,
     force: bool = False,
     recipe: str | Path | None = None,
     overrides: Sequence[str] = (),
     tell: Listener = silent,
 ) -> Merged:
-    """Merge a run's adapter, or any PEFT adapter folder, into its base model and write the result to `output`.
+    """Merge a run's adapter, or any PEFT adapter, into its base model and write the result to `output`.
 
+    source: a run, an adapter's folder or its hub id; or several, whose updates B A (not their factors) are averaged.
+    weights: of several, adding up to 1; None: all alike.
     checkpoint: "best", "last" or a path, of a run.
     dtype: "float32", "float16", "bfloat16", None for that of the base model's files. The update is added in float32 and
         the sum rounded once.
-    verify: compare with the adapted model, as `hkft.merging.verification` says.
+    base: of a run on quantised weights: "full", the full-precision base; "dequantised", the numbers that the quantised
+        layers computed with in training. Nothing is quantised again.
+    verify: compare with the adapted model, as `hkft.merging.verification` says. Without it no more than a tensor or two of
+        the base are in memory, where the adapter can be streamed.
     force: replace an older merged model, once the new one is complete.
     recipe, overrides: base, task and data of an adapter without a run; without them its own configuration is asked.
     Raises UsageError (the folders), SetupError (no such base, no fit, nothing can be written), DivergedError (NaN in
@@ -79,46 +78,118 @@ def merge(
     """
     began = time.perf_counter()
     _check_dtype(dtype)
-    origin = loading.origin(source, checkpoint, recipe, overrides)
-    target = Path(output).expanduser().resolve()
-    place.check(target, origin.keep, force)
-    place.check(_unverified(target), origin.keep, force=True)
+    sources = [source] if isinstance(source, str | Path) else list(source)
+    origins = [loading.origin(each, checkpoint, recipe, overrides) for each in sources]
+    for origin in origins:
+        pickles.refuse(origin.adapter)
+        pickles.refuse(loading.location(origin.base))
+    parts = list(zip(origins, _shares(weights, len(origins)), strict=True))
+    _check_base(base, origins)
+    keep = [folder for origin in origins for folder in origin.keep]
+    folder = Path(output).expanduser().resolve()
+    place.check(folder, keep, force)
+    place.check(_unverified(folder), keep, force=True)
     memory = out_of_memory("merging", "--set model.device=cpu merges in the machine's own memory")
-    with memory, place.beside(target) as partial:
-        reference = _write(origin, partial, dtype, verify, tell)
-        record = _verified(reference, partial, tell)
-        _describe(origin, reference, partial, target.name, record)
+    with memory, place.beside(folder) as partial:
+        target = _described(origins, tell)
+        target = replace(target, dtype=dtype or target.dtype)
+        plan = _planned(parts, target, tell)
+        trained, held = _trained(origins[0], base, verify, tell)
+        seen = reference.look(parts, base, held, trained, tell) if verify else None
+        del trained
+        _write(parts, target, plan, held if base == "dequantised" else None, partial, tell)
+        record = _verified(seen, target, partial, tell)
+        bases = seen.bases if seen else None
+        _describe(parts, target, base, partial, folder.name, record, bases)
         bytes_ = place.size(partial)
         if record is not None and not record["passed"]:
-            raise _failed(record, partial, target)
-        place.put(partial, target)
-    return Merged(target, reference.dtype, record, bytes_, time.perf_counter() - began)
+            raise _failed(record, partial, folder)
+        place.put(partial, folder)
+    seconds = time.perf_counter() - began
+    return Merged(folder, target.task_type, target.dtype, base, plan is not None, record, bases, bytes_, seconds)
 
 
-def _write(origin: loading.Origin, folder: Path, dtype: str | None, wanted: bool, tell: Listener) -> _Reference:
-    """Load, look (if `wanted`), merge, write. The model lives no longer than this function."""
-    adapted = loading.load(origin, tell)
-    probe = verification.probe(adapted, tell) if wanted else None
-    before = probe.run(adapted.model) if probe else None
-    effect = verification.effect(adapted.model, probe, before) if probe and before else float("nan")
-    reference = _Reference(
-        task_type=adapted.task_type,
-        opens=adapted.opens,
-        device=next(adapted.model.parameters()).device,
-        recipe=adapted.saved.recipe if adapted.saved else None,
-        labels=adapted.saved.labels if adapted.saved else None,
-        dtype=dtype or adapted.dtype,
-        probe=probe,
-        before=before,
-        effect=effect,
-    )
-    tell(Stage("merging"))
-    model = _merged(adapted, origin).to(loading.DTYPES[reference.dtype])  # type: ignore[arg-type]
-    tell(Stage("writing"))
+def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
+    if weights is None:
+        return [1 / count] * count
+    if len(weights) != count or not math.isclose(sum(weights), 1, abs_tol=1e-6):
+        raise UsageError(
+            "the weights of an average are as many as its adapters, and add up to 1",
+            where="--weights",
+            found=", ".join(f"{weight:g}" for weight in weights),
+            allowed=f"{count} numbers",
+        )
+    return list(weights)
+
+
+def _check_base(base: str, origins: Sequence[loading.Origin]) -> None:
+    if base not in get_args(reference.Base):
+        allowed = ", ".join(get_args(reference.Base))
+        hint = nearest(base, get_args(reference.Base))
+        raise UsageError(f"there is no base {base!r}", where="--base", allowed=allowed, hint=hint)
+    if base == "dequantised" and {origin.quantization for origin in origins} == {"none"}:
+        raise UsageError("it was trained on full-precision weights", where="--base dequantised", allowed="full")
+    if len({(origin.base, origin.revision, origin.quantization) for origin in origins}) > 1:
+        found = ", ".join(f"{origin.base} ({origin.quantization})" for origin in origins)
+        raise UsageError("adapters of different bases cannot be averaged", found=found, allowed="one base for all")
+
+
+def _described(origins: Sequence[loading.Origin], tell: Listener) -> loading.Target:
+    first, *others = [loading.describe(origin, tell) for origin in origins]
+    for origin, other in zip(origins[1:], others, strict=True):
+        same = (first.task_type, first.labels, first.opens) == (other.task_type, other.labels, other.opens)
+        if not same or first.config.num_labels != other.config.num_labels:
+            raise UsageError(
+                "adapters of different tasks or labels cannot be averaged",
+                where=str(origin.adapter),
+                found=", ".join(other.labels or (other.task_type,)),
+                allowed=", ".join(first.labels or (first.task_type,)),
+            )
+    return first
+
+
+def _planned(parts: Sequence[reference.Part], target: loading.Target, tell: Listener) -> streaming.Plan | None:
+    """What is to be written, tensor by tensor; None, said aloud, where that needs the whole model."""
+    adapters = [(origin.adapter, weight) for origin, weight in parts]
     try:
-        write_model(model, folder)
-        if adapted.tokenizer is not None:
-            adapted.tokenizer.save_pretrained(str(folder))
+        where = loading.base_folder(parts[0][0])
+        return streaming.plan(where, adapters, target.opens, target.config, loading.DTYPES[target.dtype])
+    except streaming.CannotStream as reason:
+        tell(Notice(f"merged with the whole model in memory: {reason}"))
+        return None
+
+
+def _trained(
+    origin: loading.Origin, base: reference.Base, verify: bool, tell: Listener
+) -> tuple[PeftModel | None, reference.Held | None]:
+    """Of a run on quantised weights the model as it was, and its base in numbers, where either is asked for."""
+    if origin.quantization == "none":
+        return None, None
+    if base == "full":
+        tell(
+            Notice(
+                f"trained on a {origin.quantization} base, merged onto the full-precision one: nothing is quantised again, and "
+                "its outputs may differ a little from those seen in training; --base dequantised keeps the base of training",
+                "warning",
+            )
+        )
+    return reference.quantised(origin, tell) if verify or base == "dequantised" else (None, None)
+
+
+def _write(
+    parts: Sequence[reference.Part],
+    target: loading.Target,
+    plan: streaming.Plan | None,
+    held: reference.Held | None,
+    folder: Path,
+    tell: Listener,
+) -> None:
+    """Model and tokenizer. Raises SetupError for what the disk has to say."""
+    tell(Stage("merging"))
+    try:
+        write_model(parts, target, plan, held, folder, tell)
+        if target.tokenizer is not None:
+            target.tokenizer.save_pretrained(str(folder))
     except (OSError, SafetensorError) as error:
         raise SetupError(
             "the merged model could not be written",
@@ -126,41 +197,45 @@ def _write(origin: loading.Origin, folder: Path, dtype: str | None, wanted: bool
             found=str(error).strip().splitlines()[0],
             hint=f"{shutil.disk_usage(folder.parent).free / 1e9:.1f} GB are free there",
         ) from error
-    return reference
 
 
-def _merged(adapted: loading.Adapted, origin: loading.Origin) -> PreTrainedModel:
-    """The base model with the update added to its weights and the trained head in place, in float32."""
-    try:
-        return adapted.model.merge_and_unload(safe_merge=True)
-    except ValueError as error:
-        if "NaN" not in str(error):
-            raise
-        raise DivergedError(
-            "the adapter holds NaN or inf: there is nothing to merge",
-            where=str(origin.adapter),
-            found=str(error),
-            hint="another checkpoint of the run may be sound: --checkpoint",
-        ) from error
-
-
-def write_model(model: PreTrainedModel, folder: Path) -> None:
-    """config.json, safetensors, and generation_config.json where the model generates. Whoever reads one reads all."""
-    model.save_pretrained(str(folder))
-    for path in folder.glob("*.safetensors"):  # safetensors lets only the owner read
+def write_model(
+    parts: Sequence[reference.Part],
+    target: loading.Target,
+    plan: streaming.Plan | None,
+    held: reference.Held | None,
+    folder: Path,
+    tell: Listener,
+) -> None:
+    """config.json, safetensors, and generation_config.json where the model generates. Whoever may read one may read all."""
+    if plan is None:
+        model = reference.in_memory(parts, held, tell).to(loading.DTYPES[target.dtype])  # type: ignore[arg-type]
+        model.save_pretrained(str(folder))
+    else:
+        replace(plan, held=held).write(folder, tell)
+        if plan.unties:
+            for config in (target.config, target.config.get_text_config()):
+                config.tie_word_embeddings = False
+        target.config.dtype = target.dtype
+        target.config.save_pretrained(str(folder))
+        if target.generation is not None:
+            target.generation.save_pretrained(str(folder))
+    for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", path)
 
 
-def _verified(reference: _Reference, folder: Path, tell: Listener) -> dict[str, Any] | None:
-    if reference.probe is None or reference.before is None:
+def _verified(
+    seen: reference.Reference | None, target: loading.Target, folder: Path, tell: Listener
+) -> dict[str, Any] | None:
+    if seen is None:
         return None
     tell(Stage(verification.TEXT))
-    after = reference.probe.run(verification.reopened(folder, reference.opens, reference.device))
-    record = verification.compare(reference.before, after, reference.dtype, reference.probe.on, reference.effect)
-    if record["passed"] and record["tolerance"] >= reference.effect:
+    after = seen.probe.run(verification.reopened(folder, target.opens, seen.device))
+    record = verification.compare(seen.before, after, target.dtype, seen.probe.on, seen.effect)
+    if record["passed"] and record["tolerance"] >= seen.effect:
         tell(
             Notice(
-                f"the adapter changes these rows' logits by {reference.effect:.2g} at most, and the check allows "
+                f"the adapter changes these rows' logits by {seen.effect:.2g} at most, and the check allows "
                 f"{record['tolerance']:.2g}: it would have missed an adapter that was not merged",
                 "warning",
             )
@@ -169,31 +244,44 @@ def _verified(reference: _Reference, folder: Path, tell: Listener) -> dict[str, 
 
 
 def _describe(
-    origin: loading.Origin, reference: _Reference, folder: Path, name: str, record: dict[str, Any] | None
+    parts: Sequence[reference.Part],
+    target: loading.Target,
+    base: str,
+    folder: Path,
+    name: str,
+    record: dict[str, Any] | None,
+    bases: Mapping[reference.Base, Mapping[str, Any]] | None,
 ) -> None:
     """merge.json and the model card."""
+    origin, *others = [each for each, _ in parts]
+    sources = [shown(str((each.run.path if each.run else each.adapter).resolve())) for each, _ in parts]
     write_json(
         folder / place.RECORD,
         {
             "schema_version": SCHEMA_VERSION,
-            "source": shown(str((origin.run.path if origin.run else origin.adapter).resolve())),
+            "source": sources if others else sources[0],
+            "weights": [weight for _, weight in parts],
             "checkpoint": origin.checkpoint or origin.adapter.name,
             "base": shown(origin.base),
-            "dtype": reference.dtype,
+            "base_weights": base,
+            "dtype": target.dtype,
             "verification": record,
+            "bases": bases,
         },
     )
     text = card(
         name=name,
         base=origin.base,
-        dtype=reference.dtype,
-        task_type=reference.task_type,
-        opens=reference.opens.__name__,
-        recipe=reference.recipe,
+        dtype=target.dtype,
+        task_type=target.task_type,
+        opens=target.opens.__name__,
+        recipe=target.recipe,
         recipe_name=read_json(origin.run.summary).get("recipe") if origin.run and origin.run.summary.exists() else None,
-        labels=reference.labels,
-        metrics=_metrics(origin),
+        labels=target.labels,
+        metrics=None if others else _metrics(origin),
         verification=record,
+        sources=sources,
+        dequantised=base == "dequantised",
     )
     write_text(folder / "README.md", text)
 

@@ -77,12 +77,6 @@ def probe(adapted: Adapted, tell: Listener) -> Probe:
     return _of_sentences(adapted, tell)
 
 
-def effect(model: Any, probe: Probe, before: Predictions) -> float:
-    """max |logit of the adapted model - logit of its base with the head it started from|: what there is to lose."""
-    with model.disable_adapter():
-        return _largest(before.logits - probe.run(model).logits)
-
-
 def reopened(path: Path, opens: Any, device: torch.device) -> nn.Module:
     """The written model, opened by plain transformers from its folder alone, in float32."""
     return opens.from_pretrained(str(path), dtype=torch.float32, local_files_only=True).to(device).eval()
@@ -96,7 +90,7 @@ def compare(before: Predictions, after: Predictions, dtype: str, on: str, effect
     where no class is chosen. metrics: of each model, and merged minus adapted; None for rows without labels.
     """
     scale = max(LEAST_SCALE, float(np.abs(before.logits).max()))
-    difference, tolerance = _largest(after.logits - before.logits), TOLERANCE[dtype] * scale
+    difference, tolerance = largest(after.logits - before.logits), TOLERANCE[dtype] * scale
     chooses = before.task == "classification"
     return {
         "passed": bool(difference <= tolerance),  # False for NaN
@@ -167,6 +161,7 @@ def _decisive(logits: torch.Tensor, kind: str) -> torch.Tensor:
 def _rows(adapted: Adapted) -> list[dict[str, list[int]]]:
     """The sentences as tokens, and each once more with every word token replaced by a random one."""
     embeddings = adapted.model.get_input_embeddings()
+    embeddings = getattr(embeddings, "base_layer", embeddings)  # LoRA may be on them
     assert isinstance(embeddings, nn.Embedding)
     random = np.random.RandomState(0)
     if adapted.tokenizer is None:
@@ -200,5 +195,6 @@ def _kl(before: NDArray[np.floating], after: NDArray[np.floating]) -> float:
     return float((np.exp(p) * (p - q)).sum(1).mean())
 
 
-def _largest(difference: NDArray[np.floating]) -> float:
+def largest(difference: NDArray[np.floating]) -> float:
+    """The largest absolute value."""
     return float(np.abs(difference).max())

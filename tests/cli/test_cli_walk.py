@@ -96,8 +96,32 @@ def test_merge_in_text_says_what_was_verified(hkft, run):
     assert table["dtype"] == "bfloat16"
     assert table["verified on"] == "40 rows of validation"
     assert "tolerance" in table["max |logit difference|"]
+    assert re.fullmatch(r"loss [+-]\S+, accuracy \+0", table["merged less adapted"])
     unverified = hkft("merge", "run", "--output", "quick", "--no-verify")
     assert re.search("verified +no \\(--no-verify\\)", unverified.out)
+
+
+def test_merge_of_several_is_their_average(hkft, run):
+    told = hkft("merge", "run", "run", "--output", "soup", "--weights", "0.25,0.75", "--json").document
+    assert told["verification"]["passed"]
+    assert read_json(Path("soup") / "merge.json")["weights"] == [0.25, 0.75]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--weights", "a,b"), "not a list of numbers"),
+        (("--weights", "0.5,0.5"), "the weights of an average are as many as its adapters"),
+        (("--base", "dequantized"), "there is no base 'dequantized'"),
+        (("--public",), "nothing is uploaded"),
+        (("--push-to-hub", "not a name"), "--push-to-hub"),
+    ],
+)
+def test_merge_options_that_make_no_sense_are_told_before_anything_is_written(hkft, run, options, said):
+    refused = hkft("merge", "run", "--output", "merged", *options)
+    assert refused.code == 2
+    assert said in refused.err
+    assert not Path("merged").exists()
 
 
 def test_merge_into_an_existing_folder_is_refused(hkft, run):

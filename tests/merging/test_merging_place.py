@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,18 @@ from hkft.errors import CheckFailedError, DivergedError, SetupError, UsageError
 from hkft.evaluation.predict import Predictions
 from hkft.folder import read_json
 from hkft.merging import merge as module
-from hkft.merging import place, verification
+from hkft.merging import place, streaming, verification
 from hkft.merging.merge import merge
 
+WRITE_MODEL = module.write_model
 
-def corrupting(model: Any, folder: Path) -> None:
+
+def corrupting(parts: Any, target: Any, plan: Any, held: Any, folder: Path, tell: Any) -> None:
     """Write, and lose the head on the way: the complaint that peers hear most."""
-    model.save_pretrained(str(folder))
+    WRITE_MODEL(parts, target, plan, held, folder, tell)
     weights = load_file(folder / "model.safetensors")
-    save_file(
-        {k: torch.zeros_like(v) if "classifier" in k else v for k, v in weights.items()}, folder / "model.safetensors"
-    )
+    lost = {k: torch.zeros_like(v) if "classifier" in k else v for k, v in weights.items()}
+    save_file(lost, folder / "model.safetensors", {"format": "pt"})
 
 
 def entries(folder: Path) -> set[str]:
@@ -127,7 +129,13 @@ def test_failed_check_again_and_with_force(adapter: Path, tmp_path: Path, monkey
 
 def test_unmerged_adapter_is_caught(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the head saved but the update left out, as peers have shipped it."""
-    monkeypatch.setattr(module, "_merged", lambda adapted, origin: adapted.model.unload())
+    real = streaming.plan
+
+    def forgetful(*args: Any) -> streaming.Plan:
+        plan = real(*args)
+        return replace(plan, items=tuple(replace(item, layers=()) for item in plan.items))
+
+    monkeypatch.setattr(streaming, "plan", forgetful)
     with pytest.raises(CheckFailedError):
         merge(adapter, tmp_path / "out", dtype="bfloat16")
 
