@@ -417,7 +417,7 @@ def test_pickles_are_not_opened(which: str, tmp_path: Path) -> None:
         go()
     problem = caught.value.problems[0]
     assert problem.found == name
-    assert "`save_pretrained` writes safetensors" in str(problem.hint)
+    assert "save_pretrained, which writes safetensors" in str(problem.hint)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
