@@ -91,7 +91,7 @@ def load_saved(
     read, labels, tokenizer = described(folder, recipe, overrides, tell)
     tell(Stage(f"loading {read.model.name}"))
     with memory.while_loading(read):
-        model = _adapted(base(read, labels, build.padding_id(tokenizer)), adapter).eval()
+        model = adapted(base(read, labels, build.padding_id(tokenizer)), adapter).eval()
     return Saved(model, tokenizer, read, labels, folder, adapter)
 
 
@@ -175,7 +175,7 @@ def keep(saved: Saved, split: str, predictions: Predictions | Completions) -> st
     return str(target)
 
 
-def _adapted(base: PreTrainedModel, adapter: Path) -> PeftModel:
+def adapted(base: PreTrainedModel, adapter: Path) -> PeftModel:
     """The base model with the adapter's weights, every one of them. Raises SetupError where they do not fit."""
     pickles.refuse(adapter)
     try:

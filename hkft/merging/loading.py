@@ -6,21 +6,25 @@ nothing in eval mode, so the configuration that is written is the base's own.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -29,23 +33,28 @@ from transformers import (
 
 from hkft.data.tokenise import ensure_padding
 from hkft.errors import SetupError, UsageError
-from hkft.evaluation.saved import Saved, described, find, load_saved
-from hkft.events import Listener, Notice, Stage
+from hkft.evaluation.saved import Saved, adapted, described, find, load_saved
+from hkft.events import Listener, Notice, Stage, silent
 from hkft.folder import RunFolder
+from hkft.merging import shards
 from hkft.model.build import auto_class, configuration, location, pad_with, padding_id
 from hkft.recipe import Recipe
 from hkft.recipe import load as load_recipe
 
-# PEFT's task types that can be merged, and the class that loads each. Its `_target_class` opens what is written
+# PEFT's task types that can be merged, and the class that opens what is written
 AUTO = {
-    "SEQ_CLS": peft.AutoPeftModelForSequenceClassification,
-    "TOKEN_CLS": peft.AutoPeftModelForTokenClassification,
-    "CAUSAL_LM": peft.AutoPeftModelForCausalLM,
-    "SEQ_2_SEQ_LM": peft.AutoPeftModelForSeq2SeqLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
 }
+HEADS = ("SEQ_CLS", "TOKEN_CLS")
+LABELS = 7919  # a number of labels by which the head's last layer is known, for nothing else has so many rows
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 AS_IT_CAME = ("model.native_dropout=keep",)
 ADAPTER_FILES = ("adapter_config.json", "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # never a pickle
+TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "spiece*", "merges.txt")
+PREFIX = "base_model.model."  # of PEFT's names
 BASE_FILES = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json")
 
 
@@ -109,7 +118,7 @@ def origin(
             raise UsageError(
                 "--set changes a recipe, and this adapter has none", where=str(adapter), hint="--recipe names one"
             )
-        config = PeftConfig.from_pretrained(str(adapter))
+        config = _peft(adapter)
         if not config.base_model_name_or_path:
             raise UsageError(
                 "the adapter does not say which model it belongs to",
@@ -128,11 +137,11 @@ def load(origin: Origin, tell: Listener, quantised: bool = False) -> Adapted:
 
     quantised: the base as it was held in for training.
     """
-    adapted = _of_recipe(origin, tell, quantised) if origin.run or origin.recipe else _alone(origin, tell)
+    found = _of_recipe(origin, tell, quantised) if origin.run or origin.recipe else _alone(origin, tell)
     if not quantised:
-        adapted.model.float()
-    adapted.model.eval()
-    return adapted
+        found.model.float()
+    found.model.eval()
+    return found
 
 
 def describe(origin: Origin, tell: Listener) -> Target:
@@ -143,16 +152,13 @@ def describe(origin: Origin, tell: Listener) -> Target:
         opens, config = auto_class(recipe.task), configuration(recipe, labels)
     else:
         recipe, labels, tokenizer = None, None, _tokenizer(origin, tell)
-        lora, kind = _of_its_own(origin)
+        kind = _of_its_own(origin)
         if kind == "SEQ_CLS" and tokenizer and tokenizer.eos_token:
             ensure_padding(tokenizer, tell)
-        opens, heads = AUTO[kind]._target_class, kind in ("SEQ_CLS", "TOKEN_CLS")
-        count = _labels(origin.adapter, lora) if heads else None
-        named = {"num_labels": count} if count else {}
-        config = _configuration(origin, **named)
+        opens, config = AUTO[kind], _as_saved(origin, kind)
     dtype = _stored_dtype(origin)
     with torch.device("meta"):
-        empty = opens.from_config(config)
+        empty = opens.from_config(config, trust_remote_code=False)
     if kind == "SEQ_CLS" and tokenizer:
         pad_with(empty, padding_id(tokenizer))
     generation = None
@@ -161,6 +167,12 @@ def describe(origin: Origin, tell: Listener) -> Target:
         with suppress(OSError):
             generation = GenerationConfig.from_pretrained(location(origin.base), revision=origin.revision or "main")
     empty.config.architectures = [type(empty).__name__]
+    rows = getattr(empty.get_input_embeddings(), "num_embeddings", None)
+    if tokenizer is not None and rows is not None and len(tokenizer) > rows:
+        tell(Notice(f"the tokenizer has {len(tokenizer):,} tokens, and the model rows for {rows:,}", "warning"))
+    vars(empty.config).pop("auto_map", None)  # it names code that stays behind
+    if tokenizer is not None:
+        tokenizer.init_kwargs.pop("auto_map", None)
     return Target(kind, opens, empty.config, generation, tokenizer, dtype, recipe, labels)
 
 
@@ -205,9 +217,21 @@ def _of_recipe(origin: Origin, tell: Listener, quantised: bool) -> Adapted:
     return Adapted(saved.model, kind, saved.tokenizer, saved)
 
 
-def _of_its_own(origin: Origin) -> tuple[PeftConfig, str]:
-    """An adapter's own configuration, and its task. Raises UsageError where it says of none that can be merged."""
-    config = PeftConfig.from_pretrained(str(origin.adapter))
+def _peft(adapter: Path) -> PeftConfig:
+    """An adapter's own configuration. Raises SetupError."""
+    try:
+        return PeftConfig.from_pretrained(str(adapter))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SetupError(
+            "the adapter's configuration cannot be read",
+            where=str(adapter / "adapter_config.json"),
+            found=str(error).strip().splitlines()[0],
+        ) from error
+
+
+def _of_its_own(origin: Origin) -> str:
+    """The task of an adapter by its own configuration. Raises UsageError where it says of none that can be merged."""
+    config = _peft(origin.adapter)
     task_type = str(getattr(config.task_type, "value", config.task_type))
     if task_type not in AUTO:
         raise UsageError(
@@ -217,31 +241,38 @@ def _of_its_own(origin: Origin) -> tuple[PeftConfig, str]:
             allowed=", ".join(AUTO),
             hint="--recipe names a recipe that says what it is for",
         )
-    return config, task_type
+    return task_type
+
+
+def check_kind(origin: Origin) -> None:
+    """Raise UsageError for an adapter that no weights can hold."""
+    config = _peft(origin.adapter)
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if config.is_prompt_learning or getattr(config, "layer_replication", None):
+        raise UsageError(
+            "what this adapter does is no change of weights, so it cannot be merged",
+            where=str(origin.adapter / "adapter_config.json"),
+            found=kind if config.is_prompt_learning else "layer_replication",
+        )
 
 
 def _alone(origin: Origin, tell: Listener) -> Adapted:
     """An adapter without a run or a recipe: its own configuration says what it is, as far as it says it."""
-    config, task_type = _of_its_own(origin)
+    target = describe(origin, silent)
     tell(Stage(f"loading {origin.base}"))
-    tokenizer = _tokenizer(origin, tell)
-    if task_type == "SEQ_CLS" and tokenizer and tokenizer.eos_token:
-        ensure_padding(tokenizer, tell)
-    labels = _labels(origin.adapter, config) if task_type in ("SEQ_CLS", "TOKEN_CLS") else None
     try:
-        model = AUTO[task_type].from_pretrained(
-            str(origin.adapter), dtype=torch.float32, use_safetensors=True, **({"num_labels": labels} if labels else {})
+        base = target.opens.from_pretrained(
+            location(origin.base),
+            config=copy.deepcopy(target.config),
+            revision=origin.revision,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # a head of the base's own, a vocabulary that has grown: the adapter brings them
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise SetupError(
-            "the adapter and the base model it names could not be loaded",
-            where=str(origin.adapter),
-            found=f"no {error}" if isinstance(error, KeyError) else str(error).strip().splitlines()[0],
-            hint=f"base_model_name_or_path in adapter_config.json is {origin.base!r}",
-        ) from error
-    if task_type == "SEQ_CLS" and tokenizer:
-        pad_with(model, padding_id(tokenizer))
-    return Adapted(model, task_type, tokenizer, None)
+        raise _no_base(origin, error) from error
+    return Adapted(adapted(base, origin.adapter), target.task_type, target.tokenizer, None)
 
 
 def _run_around(adapter: Path) -> RunFolder | None:
@@ -252,55 +283,79 @@ def _run_around(adapter: Path) -> RunFolder | None:
     return folder if folder.exists else None
 
 
-def _configuration(origin: Origin, **changed: Any) -> PreTrainedConfig:
+def _configuration(origin: Origin) -> PreTrainedConfig:
     """The base model's own. Raises SetupError."""
     try:
-        return AutoConfig.from_pretrained(location(origin.base), revision=origin.revision, **changed)
+        return AutoConfig.from_pretrained(location(origin.base), revision=origin.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise SetupError(
-            "the adapter's base model could not be loaded",
-            where=str(origin.adapter),
-            found=str(error).strip().splitlines()[0],
-            hint=f"base_model_name_or_path in adapter_config.json is {origin.base!r}",
-        ) from error
+        raise _no_base(origin, error) from error
+
+
+def _no_base(origin: Origin, error: Exception) -> SetupError:
+    path = origin.base.startswith((".", "/", "~")) and not Path(origin.base).expanduser().exists()
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return SetupError(
+        "the adapter's base model could not be loaded",
+        where=str(origin.adapter),
+        found="there is no such folder"
+        if path
+        else "it needs code of its own"
+        if "remote_code" in str(error)
+        else first,
+        hint=f"base_model_name_or_path in adapter_config.json is {origin.base!r}; no code of a model's own is run",
+    )
+
+
+def _as_saved(origin: Origin, kind: str) -> PreTrainedConfig:
+    """The base model's configuration, with as many labels and tokens as the head and the embeddings in the adapter have."""
+    config, stored = _configuration(origin), shards.adapter(origin.adapter)
+    shapes = {name.removeprefix(PREFIX).replace(".base_layer.", "."): one.shape for name, one in stored.items()}
+    marked = copy.deepcopy(config)
+    if kind in HEADS:
+        marked.num_labels = LABELS
+    with torch.device("meta"):
+        empty = AUTO[kind].from_config(marked, trust_remote_code=False)
+    parameters = {name: tuple(parameter.shape) for name, parameter in empty.named_parameters(remove_duplicate=False)}
+    counts = [shapes[name][0] for name, shape in parameters.items() if shape[:1] == (LABELS,) and name in shapes]
+    if counts and config.num_labels != counts[0]:
+        config.num_labels = counts[0]
+    modules = {id(module): name for name, module in empty.named_modules()}
+    both = [empty.get_input_embeddings(), empty.get_output_embeddings()]
+    names = [f"{modules[id(module)]}.weight" for module in both if module is not None and id(module) in modules]
+    if rows := [shapes[name][0] for name in names if name in shapes]:
+        config.get_text_config().vocab_size = rows[0]
+    return config
 
 
 def _stored_dtype(origin: Origin) -> str:
-    """The dtype of the base model's files; float32 for one that a merged model cannot have.
-
-    transformers resolves it as it would to load the model; on the meta device it reads no weights.
-    """
-    source, config = location(origin.base), _configuration(origin)
-    if getattr(config, "quantization_config", None):
+    """The dtype of most numbers in the base model's files; float32 for one that a merged model cannot have."""
+    if getattr(_configuration(origin), "quantization_config", None):
         raise SetupError(
             "the base model's files are quantised already: an adapter is merged onto full-precision weights",
             where=origin.base,
             hint="--recipe and --set model.name=... name the model it was quantised from",
         )
-    model = AutoModel.from_pretrained(
-        source, config=config, revision=origin.revision, dtype="auto", device_map="meta", use_safetensors=True
-    )
-    return next((name for name, dtype in DTYPES.items() if dtype == model.dtype), "float32")
+    sizes: Counter[str] = Counter()
+    for one in shards.checkpoint(base_folder(origin)).values():
+        if one.dtype in shards.FLOATING:
+            sizes[one.dtype] += one.bytes
+    most = shards.FLOATING[sizes.most_common(1)[0][0]] if sizes else torch.float32
+    return next((name for name, dtype in DTYPES.items() if dtype == most), "float32")
 
 
 def _tokenizer(origin: Origin, tell: Listener) -> PreTrainedTokenizerBase | None:
     """The adapter's own tokenizer, else the base's; None, said aloud, where neither has one."""
     own = (origin.adapter / "tokenizer_config.json").exists()
+    base = Path(location(origin.base)).expanduser()
+    there = own or not base.is_dir() or any(path for name in TOKENIZERS for path in base.glob(name))
     try:
         if own:
-            return AutoTokenizer.from_pretrained(str(origin.adapter))
-        return AutoTokenizer.from_pretrained(origin.base, revision=origin.revision)
+            return AutoTokenizer.from_pretrained(str(origin.adapter), trust_remote_code=False)
+        if there:  # else transformers would make up an empty one
+            return AutoTokenizer.from_pretrained(
+                location(origin.base), revision=origin.revision, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, json.JSONDecodeError):
-        tell(Notice("neither the adapter nor its base has a tokenizer: none is written", "warning"))
-        return None
-
-
-def _labels(adapter: Path, config: PeftConfig) -> int | None:
-    """How many labels the saved head has: the fewest rows of any of its matrices. None where no head was saved."""
-    weights, heads = adapter / "adapter_model.safetensors", getattr(config, "modules_to_save", None) or ()
-    if not weights.exists():
-        return None
-    with safe_open(weights, "pt") as file:
-        names = [n for n in file.keys() if "lora_" not in n and any(f".{head}." in n for head in heads)]  # noqa: SIM118
-        shapes = [file.get_slice(name).get_shape() for name in names]
-    return min((shape[0] for shape in shapes if len(shape) == 2), default=None)
+        there = False
+    tell(Notice("neither the adapter nor its base has a tokenizer: none is written", "warning"))
+    return None

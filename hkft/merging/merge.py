@@ -83,6 +83,7 @@ def merge(
     for origin in origins:
         pickles.refuse(origin.adapter)
         pickles.refuse(loading.location(origin.base))
+        loading.check_kind(origin)
     parts = list(zip(origins, _shares(weights, len(origins)), strict=True))
     _check_base(base, origins)
     keep = [folder for origin in origins for folder in origin.keep]
@@ -104,7 +105,7 @@ def merge(
         bytes_ = place.size(partial)
         if record is not None and not record["passed"]:
             raise _failed(record, partial, folder)
-        place.put(partial, folder)
+        place.put(partial, folder, force)
     seconds = time.perf_counter() - began
     return Merged(folder, target.task_type, target.dtype, base, plan is not None, record, bases, bytes_, seconds)
 
@@ -142,8 +143,8 @@ def _described(origins: Sequence[loading.Origin], tell: Listener) -> loading.Tar
             raise UsageError(
                 "adapters of different tasks or labels cannot be averaged",
                 where=str(origin.adapter),
-                found=", ".join(other.labels or (other.task_type,)),
-                allowed=", ".join(first.labels or (first.task_type,)),
+                found=", ".join(other.labels or (f"{other.task_type} with {other.config.num_labels} labels",)),
+                allowed=", ".join(first.labels or (f"{first.task_type} with {first.config.num_labels} labels",)),
             )
     return first
 
@@ -155,7 +156,16 @@ def _planned(parts: Sequence[reference.Part], target: loading.Target, tell: List
         where = loading.base_folder(parts[0][0])
         return streaming.plan(where, adapters, target.opens, target.config, loading.DTYPES[target.dtype])
     except streaming.CannotStream as reason:
-        tell(Notice(f"merged with the whole model in memory: {reason}"))
+        alone = parts[0][0].run is None and parts[0][0].recipe is None
+        if alone and isinstance(reason, streaming.NobodysError):  # of a run the seed draws them again
+            raise SetupError(
+                "the model has weights that were never saved",
+                where=str(parts[0][0].adapter),
+                found=str(reason),
+                hint="PEFT saves a new head where modules_to_save names it; an hkft run, or --recipe with its seed, draws it again",
+            ) from reason
+        itself = ", and an average can then only be checked against itself" if len(parts) > 1 else ""
+        tell(Notice(f"merged with the whole model in memory: {reason}{itself}"))
         return None
 
 
@@ -298,7 +308,7 @@ def _metrics(origin: loading.Origin) -> dict[str, float] | None:
 
 def _failed(record: dict[str, Any], partial: Path, target: Path) -> CheckFailedError:
     """Put the model where its name says what it is, and say what was found."""
-    place.put(partial, _unverified(target))
+    place.put(partial, _unverified(target), force=True)
     found = f"logits that differ by up to {record['max_logit_difference']:.3g}"
     return CheckFailedError(
         "the merged model does not agree with the adapted one",

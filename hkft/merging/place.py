@@ -61,8 +61,12 @@ def beside(target: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def put(partial: Path, target: Path) -> None:
-    """Rename the filled folder to `target`, and remove what was there once that is done."""
+def put(partial: Path, target: Path, force: bool) -> None:
+    """Rename the filled folder to `target`, and remove what was there once that is done.
+
+    Raises UsageError, as `check` does, where something has come to be there in the meantime.
+    """
+    check(target, (), force)
     old = target.with_name(f".{target.name}.old-{uuid4().hex[:8]}")
     try:
         if target.exists():

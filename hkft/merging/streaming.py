@@ -52,6 +52,10 @@ class CannotStream(Exception):  # noqa: N818, a reason and not a fault
     """Why this merge needs the whole model in memory; its text is one plain sentence without a full stop."""
 
 
+class NobodysError(CannotStream):
+    """The model needs numbers that neither the base's files nor the adapter hold: it would make them up."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Layer:
     """An adapted layer, and where the numbers of its factors are: parameter's name within the layer -> tensor."""
@@ -135,7 +139,7 @@ class Plan:
                 if self.held is None and (stored := item.untouched):
                     writer.copy(item.name, stored.chunks())
                 else:
-                    writer.write(item.name, _computed(item, self.held))
+                    writer.write(item.name, _rounded(_computed(item, self.held), item))
                 tell(Stage("merging", done, len(self.items)))
 
 
@@ -227,6 +231,7 @@ def _adapter(folder: Path, weight: float, stored: Mapping[str, Stored], opens: A
     wrapped = _wrapped(model, lora, folder)
     parameters = wrapped.state_dict(keep_vars=True)
     expected = peft.get_peft_model_state_dict(wrapped, dict(parameters), save_embedding_layers=False)
+    stored = {name: one for name, one in stored.items() if name in expected or not _again(name, stored)}
     places = {name: expected.get(name, parameters.get(name)) for name in sorted({*expected, *stored})}
     _check_fit(places, stored, folder)
     found = {id(place): stored[name] for name, place in places.items()}
@@ -248,6 +253,12 @@ def _adapter(folder: Path, weight: float, stored: Mapping[str, Stored], opens: A
     if found or not target.keys() >= {*adapter.saved, *adapter.layers}:
         raise CannotStream("the adapter changes layers within layers that it saves whole")
     return adapter
+
+
+def _again(name: str, stored: Mapping[str, Stored]) -> bool:
+    """Whether PEFT has written this tensor a second time, as it does with embeddings that are saved whole and have grown."""
+    plain = name.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+    return plain != name and plain in stored
 
 
 def _wrapped(model: PreTrainedModel, lora: peft.PeftConfig, folder: Path) -> peft.PeftModel:
@@ -318,11 +329,11 @@ def _item(
         (_, base), saved = saved[0], []
     used = [stored for _, stored in saved] or ([base] if base else [])
     if not used:
-        raise CannotStream(f"neither the base model's files nor the adapter hold {name}")
+        raise NobodysError(f"neither the base model's files nor the adapter hold {name}")
     for stored in used:
         if stored.shape != tuple(like.shape) or stored.dtype not in shards.DTYPES:
             held = f"{stored.dtype} {list(stored.shape)}"
-            raise CannotStream(f"{name} is {held} in the files, and the model needs {list(like.shape)}")
+            raise NobodysError(f"{name} is {held} in the files, and the model needs {list(like.shape)}")
     floating = used[0].dtype in shards.FLOATING
     kind = dtype if floating else shards.DTYPES[used[0].dtype]
     return _Item(name, base, tuple(like.shape), kind, folders, tuple(saved), tuple(layers))
@@ -373,6 +384,19 @@ def _computed(item: _Item, held: Held | None) -> Tensor:
         for weight, layer in item.layers:
             total.add_(_merged(layer, value.clone()).sub_(value), alpha=weight)
     return _finite(total, item).to(item.dtype)
+
+
+def _rounded(value: Tensor, item: _Item) -> Tensor:
+    """In the dtype that is written. Raises SetupError for what float16 is too narrow for."""
+    result = value.to(item.dtype)
+    if item.dtype == torch.float16 and result.isinf().any():
+        raise SetupError(
+            "float16 cannot hold the numbers of this model",
+            where=item.name,
+            allowed="numbers up to 65,504",
+            hint="--dtype bfloat16, or float32",
+        )
+    return result
 
 
 def _added(item: _Item, value: Tensor) -> Tensor:

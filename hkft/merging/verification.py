@@ -160,17 +160,17 @@ def _decisive(logits: torch.Tensor, kind: str) -> torch.Tensor:
 
 def _rows(adapted: Adapted) -> list[dict[str, list[int]]]:
     """The sentences as tokens, and each once more with every word token replaced by a random one."""
-    embeddings = adapted.model.get_input_embeddings()
-    embeddings = getattr(embeddings, "base_layer", embeddings)  # LoRA may be on them
-    assert isinstance(embeddings, nn.Embedding)
-    random = np.random.RandomState(0)
+    config, random = adapted.model.config.get_text_config(), np.random.RandomState(0)
     if adapted.tokenizer is None:
-        return [
-            {"input_ids": random.randint(embeddings.num_embeddings, size=RANDOM_LENGTH).tolist()} for _ in SENTENCES
-        ]
+        return [{"input_ids": random.randint(config.vocab_size, size=RANDOM_LENGTH).tolist()} for _ in SENTENCES]
     special = set(adapted.tokenizer.all_special_ids)
-    words = np.setdiff1d(np.arange(embeddings.num_embeddings), list(special))
-    rows = [dict(adapted.tokenizer(sentence)) for sentence in SENTENCES]
+    words = np.setdiff1d(np.arange(config.vocab_size), list(special))
+    longest = getattr(config, "max_position_embeddings", None) or RANDOM_LENGTH
+    rows = []
+    for sentence in SENTENCES:
+        row = {name: values[:longest] for name, values in adapted.tokenizer(sentence).items()}
+        ids = [token if token < config.vocab_size else int(random.choice(words)) for token in row["input_ids"]]
+        rows.append({**row, "input_ids": ids})
     return rows + [
         {**row, "input_ids": [t if t in special else int(random.choice(words)) for t in row["input_ids"]]}
         for row in rows

@@ -54,8 +54,9 @@ def location(name: str) -> str:
 def tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The model's tokenizer, which knows how many positions the model has. Raises SetupError where it is not to be had."""
     try:
-        found = AutoTokenizer.from_pretrained(location(recipe.model.name), revision=recipe.model.revision)
-        config = AutoConfig.from_pretrained(location(recipe.model.name), revision=recipe.model.revision)
+        how = {"revision": recipe.model.revision, "trust_remote_code": False}
+        found = AutoTokenizer.from_pretrained(location(recipe.model.name), **how)
+        config = AutoConfig.from_pretrained(location(recipe.model.name), **how)
     except (OSError, ValueError, KeyError) as error:
         raise _missing(recipe.model.name, error) from error
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -88,6 +89,8 @@ def base(recipe: Recipe, labels: Sequence[str] | None, pad_token_id: int | None 
             revision=recipe.model.revision,
             dtype=dtype,
             use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=recipe.task != "generation",  # the head of another task gives way to a new one
             **quantised,
         )
     except (OSError, ValueError, KeyError) as error:
@@ -106,7 +109,9 @@ def base(recipe: Recipe, labels: Sequence[str] | None, pad_token_id: int | None 
 
 def configuration(recipe: Recipe, labels: Sequence[str] | None) -> PreTrainedConfig:
     """The base model's configuration, for the task. Raises SetupError for an encoder that is to generate."""
-    config = AutoConfig.from_pretrained(location(recipe.model.name), revision=recipe.model.revision)
+    config = AutoConfig.from_pretrained(
+        location(recipe.model.name), revision=recipe.model.revision, trust_remote_code=False
+    )
     set_native_dropout(config, recipe.model.native_dropout)
     if recipe.task == "generation":
         if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
@@ -315,7 +320,11 @@ def _missing(name: str, error: Exception) -> SetupError:
     return SetupError(
         f"the model {name!r} could not be loaded",
         where="model.name",
-        found="there is no such folder" if path else first,
+        found="there is no such folder"
+        if path
+        else "it needs code of its own"
+        if "remote_code" in str(error)
+        else first,
         allowed="a hub id, a local folder, or package:<python package>/<path inside it>",
-        hint="offline, only models in the local hub cache or in a folder can be used",
+        hint="offline, only models in the local hub cache or in a folder can be used; no code of a model's own is run",
     )

@@ -188,6 +188,7 @@ def test_put_restores_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     old, new = tmp_path / "out", tmp_path / "new"
     old.mkdir()
     (old / "old").touch()
+    (old / place.RECORD).touch()
     new.mkdir()
     rename = Path.rename
 
@@ -198,7 +199,7 @@ def test_put_restores_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(PermissionError):
-        place.put(new, old)
+        place.put(new, old, force=True)
     assert (old / "old").exists()
     assert entries(tmp_path) == {"out", "new"}
 
