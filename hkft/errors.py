@@ -10,8 +10,8 @@
     ├── DivergedError            6   NaN or inf in the loss
     └── CheckFailedError         7   a check the user asked for: merge verification, --fail-if
 
-An interrupt (Ctrl-C) exits with 130. The user's fault is one of these, with where it is and what to do next; a fault of
-hkft's own is an assert or an ordinary exception, and shows a traceback.
+An interrupt (Ctrl-C) exits with 130, SIGTERM with 143. The user's fault is one of these, with where it is and what to do
+next; a fault of hkft's own is an assert or an ordinary exception, and shows a traceback.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 INTERRUPTED = 130
+TERMINATED = 143
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,3 +98,7 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     """A hint naming the choice spelled most like `word`, or None where nothing comes close."""
     matches = get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.6)
     return f"did you mean {matches[0]!r}?" if matches else None
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which a scheduler sends: what Ctrl-C cleans up is to be cleaned up then, too."""

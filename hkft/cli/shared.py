@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json as jsonlib
 import logging
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +18,7 @@ from typing import Annotated, Any, ParamSpec, TextIO
 
 import typer
 
-from hkft.errors import INTERRUPTED, DataError, HkftError, SetupError
+from hkft.errors import INTERRUPTED, TERMINATED, DataError, HkftError, SetupError, Terminated
 from hkft.events import Listener, Stage
 
 Recipe = Annotated[
@@ -44,7 +46,8 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with _terminable():
+                command(*args, **kwargs)
         except (HkftError, OSError) as error:
             if isinstance(error, OSError) and error.filename is None:
                 raise
@@ -61,12 +64,28 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
         except (KeyboardInterrupt, RuntimeError) as error:
             if not _interrupted(error):
                 raise
+            code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
             if kwargs.get("json"):
-                show_json({"error": "KeyboardInterrupt", "exit_code": INTERRUPTED, "problems": []})
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(INTERRUPTED) from None
+                show_json({"error": "KeyboardInterrupt", "exit_code": code, "problems": []})
+            typer.echo("terminated" if code == TERMINATED else "interrupted", err=True)
+            raise typer.Exit(code) from None
 
     return run
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    def terminate(*_: Any) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupted(error: BaseException | None) -> bool:

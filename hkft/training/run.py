@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from hkft.diagnostics.decomposition import Added
 from hkft.diagnostics.history import losses_of
 from hkft.dropout.method import Method
 from hkft.dropout.selfcheck import self_check
-from hkft.errors import HkftError, RecipeError, SetupError, UsageError
+from hkft.errors import HkftError, RecipeError, SetupError, Terminated, UsageError
 from hkft.evaluation.completions import Completions
 from hkft.evaluation.look import look
 from hkft.evaluation.predict import Predictions
@@ -222,7 +223,7 @@ def _fit(begun: Begun) -> None:
             tell(Finished(str(folder.path), told, trainer.attachment.report()))
         trainer.attachment.detach()
     if status == "interrupted":
-        raise KeyboardInterrupt
+        raise Terminated if watcher.interrupted == signal.SIGTERM else KeyboardInterrupt
 
 
 def _prompts_written_for(recipe: Recipe, material: Material) -> int | None:

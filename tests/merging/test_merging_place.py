@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 
+from hkft.cli import merge as cli
 from hkft.errors import CheckFailedError, DivergedError, SetupError, UsageError
 from hkft.evaluation.predict import Predictions
 from hkft.folder import read_json
@@ -160,6 +165,22 @@ def test_nothing_left(
     with pytest.raises(error, match="now"):
         merge(adapter, tmp_path / "new" / "deeper" / "out")
     assert entries(tmp_path) == {"adapter", "base"}
+
+
+def test_sigterm_leaves_nothing_either(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a scheduler stops a job that has run out of its time."""
+
+    def stopped(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(module, "write_model", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(typer.Exit) as caught:
+        cli.merge([str(adapter)], tmp_path / "out", json=False)
+    assert caught.value.exit_code == 143
+    assert entries(tmp_path) == {"adapter", "base"}
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_full_disk(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hkft import api
-from hkft.errors import DivergedError, MethodError, RecipeError, UsageError
+from hkft.errors import DivergedError, MethodError, RecipeError, Terminated, UsageError
 from hkft.evaluation import saved
 from hkft.events import Event, TrainStep
 from hkft.folder import RunFolder, read_json
@@ -206,16 +206,18 @@ def test_what_is_wrong_before_training_leaves_nothing_behind(recipe_file, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("at", [2, 6, 8, 13])  # before the first look, within both epochs, and between them
-def test_an_interrupted_run_resumes_to_the_same_end(recipe_file, tmp_path, at):
+# before the first look, within both epochs, and between them
+@pytest.mark.parametrize(("at", "sent"), [(2, "SIGINT"), (6, "SIGTERM"), (8, "SIGINT"), (13, "SIGINT")])
+def test_an_interrupted_run_resumes_to_the_same_end(recipe_file, tmp_path, at, sent):
     whole = run.train(load(recipe_file), tmp_path / "whole")
 
     def interrupt(event: Event) -> None:
         if isinstance(event, TrainStep) and event.step == at:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), getattr(signal, sent))
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         api.train(recipe_file, output=tmp_path / "cut", tell=interrupt)
+    assert caught.type is (Terminated if sent == "SIGTERM" else KeyboardInterrupt)
     cut = RunFolder(tmp_path / "cut")
     assert cut.status == "interrupted"
     assert cut.report.exists()
