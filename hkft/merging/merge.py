@@ -95,9 +95,9 @@ def merge(
         target = _described(origins, tell)
         target = replace(target, dtype=dtype or target.dtype)
         plan = _planned(parts, target, tell)
-        trained, held = _trained(origins[0], base, verify, tell)
+        trained, held = _trained(origins, base, verify, tell)
         seen = reference.look(parts, base, held, trained, tell) if verify else None
-        del trained
+        del trained  # it is as large as the base
         _write(parts, target, plan, held if base == "dequantised" else None, partial, tell)
         record = _verified(seen, target, partial, tell)
         bases = seen.bases if seen else None
@@ -170,9 +170,10 @@ def _planned(parts: Sequence[reference.Part], target: loading.Target, tell: List
 
 
 def _trained(
-    origin: loading.Origin, base: reference.Base, verify: bool, tell: Listener
+    origins: Sequence[loading.Origin], base: reference.Base, verify: bool, tell: Listener
 ) -> tuple[PeftModel | None, reference.Held | None]:
     """Of a run on quantised weights the model as it was, and its base in numbers, where either is asked for."""
+    origin = origins[0]
     if origin.quantization == "none":
         return None, None
     if base == "full":
@@ -183,7 +184,10 @@ def _trained(
                 "warning",
             )
         )
-    return reference.quantised(origin, tell) if verify or base == "dequantised" else (None, None)
+    if not verify and base == "full":
+        return None, None
+    trained, held = reference.quantised(origin, tell)
+    return (trained if len(origins) == 1 else None), held  # nobody has trained an average
 
 
 def _write(

@@ -298,6 +298,14 @@ def test_quantised_run_goes_onto_either_base_and_both_are_told(kind: str, run: P
     assert told["dequantised"] < closer * told["full"]
 
 
+def test_an_average_of_quantised_runs(run: Path, tmp_path: Path) -> None:
+    runs, overrides = [run, run / "checkpoints" / "checkpoint-2"], ["model.quantization=4bit"]
+    merged = merge(runs, tmp_path / "out", base="dequantised", overrides=overrides)
+    assert merged.verification is not None
+    assert merged.verification["passed"]
+    assert merged.bases is None  # nobody has trained it
+
+
 def test_a_base_that_is_none(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no base 'ful'"):
         merge(run, tmp_path / "out", base="ful")  # type: ignore[arg-type]
