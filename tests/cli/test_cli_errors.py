@@ -144,7 +144,7 @@ CASES = {
         READING.format("reviews.csv") + "error: the model 'no-such-model' could not be loaded\n"
         "  where    model.name\n  found    (what transformers says)\n"
         "  allowed  a hub id, a local folder, or package:<python package>/<path inside it>\n"
-        "  hint     offline, only models in the local hub cache or in a folder can be used\n",
+        "  hint     offline, only models in the local hub cache or in a folder can be used; no code of a model's own is run\n",
         ["model.name=no-such-model"],
     ),
     "a device that is not there": Case(
