@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -98,7 +99,9 @@ def merge(
         trained, held = _trained(origins, base, verify, tell)
         seen = reference.look(parts, base, held, trained, tell) if verify else None
         del trained  # it is as large as the base
-        _write(parts, target, plan, held if base == "dequantised" else None, partial, tell)
+        tell(Stage("merging"))
+        with _disk(partial):
+            write_model(parts, target, plan, held if base == "dequantised" else None, partial, tell)
         record = _verified(seen, target, partial, tell)
         bases = seen.bases if seen else None
         _describe(parts, target, base, partial, folder.name, record, bases)
@@ -190,20 +193,11 @@ def _trained(
     return (trained if len(origins) == 1 else None), held  # nobody has trained an average
 
 
-def _write(
-    parts: Sequence[reference.Part],
-    target: loading.Target,
-    plan: streaming.Plan | None,
-    held: reference.Held | None,
-    folder: Path,
-    tell: Listener,
-) -> None:
-    """Model and tokenizer. Raises SetupError for what the disk has to say."""
-    tell(Stage("merging"))
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    """Raises SetupError for what the disk has to say while `folder` is written."""
     try:
-        write_model(parts, target, plan, held, folder, tell)
-        if target.tokenizer is not None:
-            target.tokenizer.save_pretrained(str(folder))
+        yield
     except (OSError, SafetensorError) as error:
         raise SetupError(
             "the merged model could not be written",
@@ -221,7 +215,7 @@ def write_model(
     folder: Path,
     tell: Listener,
 ) -> None:
-    """config.json, safetensors, and generation_config.json where the model generates. Whoever may read one may read all."""
+    """Configuration, safetensors, generation_config.json where the model generates, tokenizer. Who may read one may read all."""
     if plan is None:
         model = reference.in_memory(parts, held, tell).to(loading.DTYPES[target.dtype])  # type: ignore[arg-type]
         model.save_pretrained(str(folder))
@@ -234,6 +228,8 @@ def write_model(
         target.config.save_pretrained(str(folder))
         if target.generation is not None:
             target.generation.save_pretrained(str(folder))
+    if target.tokenizer is not None:
+        target.tokenizer.save_pretrained(str(folder))
     for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", path)
 
