@@ -16,9 +16,13 @@ next; a fault of hkft's own is an assert or an ordinary exception, and shows a t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -102,3 +106,20 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which a scheduler sends: what Ctrl-C cleans up is to be cleaned up then, too."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """While inside, in the main thread, SIGTERM raises Terminated."""
+
+    def terminate(*_: Any) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

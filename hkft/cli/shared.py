@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import json as jsonlib
 import logging
-import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +16,7 @@ from typing import Annotated, Any, ParamSpec, TextIO
 
 import typer
 
-from hkft.errors import INTERRUPTED, TERMINATED, DataError, HkftError, SetupError, Terminated
+from hkft.errors import INTERRUPTED, TERMINATED, DataError, HkftError, SetupError, Terminated, terminable
 from hkft.events import Listener, Stage
 
 Recipe = Annotated[
@@ -46,7 +44,7 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            with _terminable():
+            with terminable():
                 command(*args, **kwargs)
         except (HkftError, OSError) as error:
             if isinstance(error, OSError) and error.filename is None:
@@ -71,21 +69,6 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(code) from None
 
     return run
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    def terminate(*_: Any) -> None:
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupted(error: BaseException | None) -> bool:

@@ -179,9 +179,9 @@ def compare(
     """Compare the finished runs among `folders`; curves of other tools are shown beside them.
 
     baseline: a row's label, or a method; None takes `none` if it is there, else the first. failed: those of a grid's cells
-    that have no finished run. paper_cell: see `paper`. names: of rows, by the folders of
-    their runs; None: what the grids called them that ran them. Raises UsageError
-    where a folder holds no run, where none is finished, where their tasks differ, and for a baseline that is no row.
+    that have no finished run. paper_cell: see `paper`. names: of rows, by the folders of their runs;
+    None: what the grids called them that ran them. Raises UsageError where a folder holds no run, where none is finished,
+    where their tasks differ, and for a baseline that is no row.
     """
     own, foreign = told_apart(folders)
     runs, left_out = finished(own)

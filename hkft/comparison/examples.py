@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+OF_CLASSES = ("f1", "matthews_correlation")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def of_records(
         values = correlation(
             np.array(labels, dtype=np.float64)[:, None], np.array(predictions, dtype=np.float64)[:, None]
         )
-    elif metric in ("f1", "matthews_correlation") and classes:
+    elif metric in OF_CLASSES and classes:
         x, y = _one_hot(labels, classes), _one_hot(predictions, classes)
         values = f1(x, y) if metric == "f1" else correlation(x, y)
     else:

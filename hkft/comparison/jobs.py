@@ -9,15 +9,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from hkft import errors
 from hkft.comparison.grid import Cell, Outcome, Runner, attempt, calls, left_of
-from hkft.errors import INTERRUPTED, HkftError, Problem, SetupError
+from hkft.errors import INTERRUPTED, HkftError, Problem, SetupError, terminable
 from hkft.events import Event, Finished, Listener, Stage
 from hkft.folder import RunFolder, check_place, read_json
 
@@ -91,7 +89,7 @@ def run(grid: Sequence[Cell], output: Path, jobs: int, tell: Listener) -> list[O
         heard(Stage(f"{len(left)} cells, {jobs} at a time", ended, len(left)))
 
     heard(Stage(f"{len(left)} cells, {jobs} at a time", 0, len(left)))
-    with ThreadPoolExecutor(jobs) as pool, _terminable():
+    with ThreadPoolExecutor(jobs) as pool, terminable():
         futures = [pool.submit(one, cell, folder) for cell, folder in left]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
@@ -117,23 +115,6 @@ def _devices() -> list[str]:
     import torch
 
     return [str(number) for number in range(torch.cuda.device_count())]
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """While inside, SIGTERM is as Ctrl-C: no process is left behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _runner(processes: Processes, place: Environment) -> Runner:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hkft.comparison.examples import Examples, of_records
+from hkft.comparison.examples import OF_CLASSES, Examples, of_records
 from hkft.errors import HkftError, UsageError
 from hkft.folder import RunFolder, open_run, read_json, read_jsonl
 from hkft.recipe.text import parse
@@ -81,7 +81,7 @@ class Run:
         None where predictions are not kept, where `name` has no shares, and where they are not what the summary was made of.
         """
         folder = RunFolder(self.folder)
-        labels = read_json(folder.splits)["labels"] if folder.splits.exists() else None
+        labels = read_json(folder.splits)["labels"] if name in OF_CLASSES and folder.splits.exists() else None
         found = of_records(read_jsonl(folder.predictions(split)), name, labels)
         told = self.summary.get("test") if split == "test" else (self.summary.get("best") or {}).get("validation")
         number = (told or {}).get(name)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -36,7 +36,7 @@ from hkft.errors import SetupError, UsageError
 from hkft.evaluation.saved import Saved, adapted, described, find, load_saved
 from hkft.events import Listener, Notice, Stage, silent
 from hkft.folder import RunFolder
-from hkft.merging import shards
+from hkft.merging import shards, streaming
 from hkft.model.build import auto_class, configuration, location, pad_with, padding_id
 from hkft.recipe import Recipe
 from hkft.recipe import load as load_recipe
@@ -54,7 +54,6 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 AS_IT_CAME = ("model.native_dropout=keep",)
 ADAPTER_FILES = ("adapter_config.json", "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")  # never a pickle
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "spiece*", "merges.txt")
-PREFIX = "base_model.model."  # of PEFT's names
 BASE_FILES = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json")
 
 
@@ -118,7 +117,7 @@ def origin(
             raise UsageError(
                 "--set changes a recipe, and this adapter has none", where=str(adapter), hint="--recipe names one"
             )
-        config = _peft(adapter)
+        config = streaming.configuration(adapter)
         if not config.base_model_name_or_path:
             raise UsageError(
                 "the adapter does not say which model it belongs to",
@@ -217,21 +216,9 @@ def _of_recipe(origin: Origin, tell: Listener, quantised: bool) -> Adapted:
     return Adapted(saved.model, kind, saved.tokenizer, saved)
 
 
-def _peft(adapter: Path) -> PeftConfig:
-    """An adapter's own configuration. Raises SetupError."""
-    try:
-        return PeftConfig.from_pretrained(str(adapter))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise SetupError(
-            "the adapter's configuration cannot be read",
-            where=str(adapter / "adapter_config.json"),
-            found=str(error).strip().splitlines()[0],
-        ) from error
-
-
 def _of_its_own(origin: Origin) -> str:
     """The task of an adapter by its own configuration. Raises UsageError where it says of none that can be merged."""
-    config = _peft(origin.adapter)
+    config = streaming.configuration(origin.adapter)
     task_type = str(getattr(config.task_type, "value", config.task_type))
     if task_type not in AUTO:
         raise UsageError(
@@ -246,7 +233,7 @@ def _of_its_own(origin: Origin) -> str:
 
 def check_kind(origin: Origin) -> None:
     """Raise UsageError for an adapter that no weights can hold."""
-    config = _peft(origin.adapter)
+    config = streaming.configuration(origin.adapter)
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning or getattr(config, "layer_replication", None):
         raise UsageError(
@@ -309,7 +296,9 @@ def _no_base(origin: Origin, error: Exception) -> SetupError:
 def _as_saved(origin: Origin, kind: str) -> PreTrainedConfig:
     """The base model's configuration, with as many labels and tokens as the head and the embeddings in the adapter have."""
     config, stored = _configuration(origin), shards.adapter(origin.adapter)
-    shapes = {name.removeprefix(PREFIX).replace(".base_layer.", "."): one.shape for name, one in stored.items()}
+    shapes = {
+        name.removeprefix(streaming.PREFIX).replace(".base_layer.", "."): one.shape for name, one in stored.items()
+    }
     marked = copy.deepcopy(config)
     if kind in HEADS:
         marked.num_labels = LABELS

@@ -174,7 +174,7 @@ def _planned(parts: Sequence[reference.Part], target: loading.Target, tell: List
 
 def _trained(
     origins: Sequence[loading.Origin], base: reference.Base, verify: bool, tell: Listener
-) -> tuple[PeftModel | None, reference.Held | None]:
+) -> tuple[PeftModel | None, streaming.Held | None]:
     """Of a run on quantised weights the model as it was, and its base in numbers, where either is asked for."""
     origin = origins[0]
     if origin.quantization == "none":
@@ -211,7 +211,7 @@ def write_model(
     parts: Sequence[reference.Part],
     target: loading.Target,
     plan: streaming.Plan | None,
-    held: reference.Held | None,
+    held: streaming.Held | None,
     folder: Path,
     tell: Listener,
 ) -> None:

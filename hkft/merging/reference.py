@@ -6,7 +6,7 @@ on, quantised weights as numbers. How far each of the two is from what was train
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,11 +20,9 @@ from hkft.errors import DivergedError
 from hkft.evaluation.predict import Predictions
 from hkft.events import Listener
 from hkft.merging import loading, verification
+from hkft.merging.streaming import Held
 
 Base = Literal["full", "dequantised"]
-Held = Callable[
-    [str, Tensor], Tensor
-]  # a tensor's name in the model, and as it is in the files -> as it is in the base
 Part = tuple[loading.Origin, float]  # an adapter and its weight
 TOLD = ("max_logit_difference", "mean_kl", "agreement", "metrics")
 

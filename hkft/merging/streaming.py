@@ -45,7 +45,7 @@ UNSUPPORTED = ("layer_replication", "trainable_token_indices", "target_parameter
 PREFIX = "base_model.model."
 BLOCK = 1 << 18  # numbers
 
-Held = Callable[[str, Tensor], Tensor]
+Held = Callable[[str, Tensor], Tensor]  # name in the model, as it is in the files -> as it is in the base
 
 
 class CannotStream(Exception):  # noqa: N818, a reason and not a fault
@@ -170,6 +170,18 @@ def plan(
     return Plan(tuple(items), unties, held)
 
 
+def configuration(folder: Path) -> peft.PeftConfig:
+    """An adapter's own. Raises SetupError."""
+    try:
+        return peft.PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SetupError(
+            "the adapter's configuration cannot be read",
+            where=str(folder / "adapter_config.json"),
+            found=_first(error),
+        ) from error
+
+
 def _empty(opens: Any, config: Any) -> PreTrainedModel:
     try:
         with torch.device("meta"):
@@ -218,14 +230,7 @@ def _groups(target: Mapping[str, Tensor]) -> dict[int, list[str]]:
 
 
 def _adapter(folder: Path, weight: float, stored: Mapping[str, Stored], opens: Any, config: Any) -> _Adapter:
-    try:
-        lora = peft.PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise SetupError(
-            "the adapter's configuration cannot be read",
-            where=str(folder / "adapter_config.json"),
-            found=_first(error),
-        ) from error
+    lora = configuration(folder)
     model = _empty(opens, config)
     target = model.state_dict(keep_vars=True)
     wrapped = _wrapped(model, lora, folder)
