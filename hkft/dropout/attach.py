@@ -22,6 +22,7 @@ from hkft.dropout import padding_free as end_to_end
 from hkft.dropout.dropper import CountHook, DropHook, Dropper
 from hkft.dropout.method import LORA, PER_LAYER, Method, Site
 from hkft.dropout.named import find
+from hkft.dropout.prefix import Prefix
 from hkft.dropout.proof import ProofHook, hooked_module, refuse_checkpointing
 from hkft.errors import MethodError
 
@@ -37,6 +38,7 @@ class Attachment:
         self.droppers = droppers
         self.backends: interface.Backends = []  # the attention that was there, while hkft stands in for it
         self.proof = ProofHook(family, droppers)
+        self.prefix = Prefix(family.model, droppers)
         self._handles: list[RemovableHandle] = []
         self._swapped: list[tuple[nn.ModuleDict, str, Dropper]] = []
         self.costs: dict[int, float] = {}  # by the number of the site: see `selfcheck`

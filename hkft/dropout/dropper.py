@@ -37,9 +37,12 @@ class Dropper:
     tap: Callable[[Tensor, Tensor], None] | None = None  # is shown the logits and which are dropped: see `noise`
     likely: Tensor | None = None  # [B,L], where a span may start: what the layer's attention told, once for each pass
     generators: dict[str, torch.Generator] = field(default_factory=dict)
+    begins: Callable[[], None] | None = None  # is called before a mask is drawn: see `prefix`
 
     def draw(self, full: Sequence[int], units: Sequence[int], device: torch.device) -> Tensor:
         """A keep-mask of the site's pattern: shape `full` for elements, `units` for columns and spans."""
+        if self.begins:
+            self.begins()
         draw, pattern = uniform(device, self._generator(device)), PATTERNS[self.site.pattern]
         if self.site.start == "uniform":
             return pattern(full, units, self.rate, draw)
@@ -147,4 +150,6 @@ class CountHook:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not module.training or not self.dropper.rate:
             return
+        if self.dropper.begins:
+            self.dropper.begins()
         self.dropper.count(output.new_empty(0, dtype=torch.bool))

@@ -25,8 +25,8 @@ def hiddencut(
 
     The expectation over masks is then x itself, as in ordinary dropout.
     """
-    dropped = x * keep
-    return dropped.div_(1 - rate) if rescale == "inverse_keep" else dropped
+    share = keep.to(x.dtype)  # a product with a bool tensor is ten times slower on a CPU
+    return x * (share.div_(1 - rate) if rescale == "inverse_keep" else share)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import create_position_bias_mask, repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from hkft.dropout import attention
 from hkft.dropout.dropper import Dropper
@@ -100,7 +101,19 @@ def register() -> None:
     """Enter both registries: an attention function without its mask function would see no mask at all."""
     for backend, function in (("sdpa", _attend_sdpa), ("eager", _attend_eager)):
         AttentionInterface.register(PREFIX + backend, function)
-        AttentionMaskInterface.register(PREFIX + backend, AttentionMaskInterface()[backend])
+        own = AttentionMaskInterface()[backend]
+        AttentionMaskInterface.register(PREFIX + backend, partial(_one_row, own))
+
+
+def _one_row(own: Callable[..., Any], *args: Any, mask_function: Any = causal_mask_function, **kwargs: Any) -> Any:
+    """The backend's own mask; of an encoder's padding [B,1,Q,K], one row is stored that all queries share (stride 0)."""
+    if mask_function is bidirectional_mask_function:
+        mask_function = _any_key
+    return own(*args, mask_function=mask_function, **kwargs)
+
+
+def _any_key(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return key >= 0
 
 
 def implementation(module: nn.Module) -> str | None:

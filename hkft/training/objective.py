@@ -5,8 +5,8 @@ The term is a mean over rows (examples; completion tokens in generation), so its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from hkft.dropout.consistency import LOSSES, squared
 from hkft.dropout.method import Consistency, Method
 from hkft.dropout.modes import evaluating
 from hkft.dropout.named import find
+from hkft.dropout.prefix import is_open
 from hkft.errors import MethodError
 from hkft.model.vocabulary import SummedInBlocks, Vocabulary, found_inside
 
@@ -44,18 +45,22 @@ def objective(
     """One training objective. `forward()` runs the model on the batch once, and returns (task loss, outputs).
 
     With gradient "one" the other view comes first, without gradients, so that the two passes' activations never stand in
-    memory together; with "both" the task loss is the mean of both passes, as in R-Drop.
+    memory together; with "both" the task loss is the mean of both passes, as in R-Drop. What runs before the first mask is
+    drawn is the same in both, and computed once (see `dropout.prefix`).
     """
     if consistency is None or not consistency.weight:
         task, outputs = forward()
         return Objective(task, task, None, outputs)
     clean, both = consistency.kind == "js", consistency.gradient == "both"
-    with torch.set_grad_enabled(both), evaluating(model) if clean else nullcontext():
+    first, second = _passes(model, both, clean)
+    with first:
         other_task, other = forward()
-    task, outputs = forward()
+    with second:
+        task, outputs = forward()
     if both and not clean:
         task = 0.5 * (task + other_task)
-    term = distance(consistency.kind, logits_of(outputs), logits_of(other), labels, shifts(model))
+    others = logits_of(other) if both else logits_of(other).detach()
+    term = distance(consistency.kind, logits_of(outputs), others, labels, shifts(model))
     return Objective(task + consistency.weight * term, task, term, outputs)
 
 
@@ -76,11 +81,14 @@ def token_objective(
         consistency = None
     both = consistency is not None and consistency.gradient == "both"
     clean = consistency is not None and consistency.kind == "js"
-    passes = []
+    passes, second = [], nullcontext()
     if consistency is not None:
-        with torch.set_grad_enabled(both), evaluating(model) if clean else nullcontext():
-            passes.append(vocabulary.run(model, inputs, labels).states)
-    states, targets, _ = vocabulary.run(model, inputs, labels)
+        first, second = _passes(model, both, clean)
+        with first:
+            other = vocabulary.run(model, inputs, labels).states
+        passes.append(other if both else other.detach())
+    with second:
+        states, targets, _ = vocabulary.run(model, inputs, labels)
     parts = states.new_zeros(2, dtype=torch.float32)
 
     def term(block: Tensor, *rest: Any) -> Tensor:
@@ -102,6 +110,20 @@ def token_objective(
     task, apart = parts / len(targets) if len(targets) else parts + torch.nan  # nothing to learn is no loss of 0
     loss = total / len(targets) if len(targets) else total + torch.nan
     return Objective(loss, task, apart if consistency else None, {"states": states})
+
+
+def _passes(model: nn.Module, gradient: bool, clean: bool) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The contexts of the other pass and of the main one; gradient, clean: whether the other carries any, and drops not."""
+    attachment = attached(model)
+    if clean or attachment is None or not attachment.droppers or not is_open(model):
+        return _apart(model, gradient, clean), nullcontext()
+    return attachment.prefix.first(gradient), attachment.prefix.second()
+
+
+@contextmanager
+def _apart(model: nn.Module, gradient: bool, clean: bool) -> Iterator[None]:
+    with torch.set_grad_enabled(gradient and torch.is_grad_enabled()), evaluating(model) if clean else nullcontext():
+        yield
 
 
 def distance(kind: str, logits: Tensor, other: Tensor, labels: Tensor | None, shift: bool = True) -> Tensor:
