@@ -92,10 +92,13 @@ def collator(
 ) -> Callable[[list[dict[str, Any]]], Any]:
     """Examples -> one batch of tensors, without the columns that are not the model's.
 
-    [B,L], L a multiple of 8, padded on `side` ("right", "left"; None: the tokenizer's own), labels of tokens by IGNORED;
-    with padding_free, for decoders, [1,T]: all examples end to end, with `position_ids` that begin anew at each.
+    [B,L], padded on `side` ("right", "left"; None: the tokenizer's own), labels of tokens by IGNORED. Where there is CUDA, whose
+    fast kernels ask for it, L is a multiple of 8. With padding_free, for decoders, [1,T]: all examples end to end, with
+    `position_ids` that begin anew at each.
     """
-    return _Flattening() if padding_free else _Collator(tokenizer, pad_to_multiple_of=8, side=side)
+    if padding_free:
+        return _Flattening()
+    return _Collator(tokenizer, pad_to_multiple_of=8 if torch.cuda.is_available() else None, side=side)
 
 
 def _inputs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

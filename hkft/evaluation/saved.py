@@ -23,6 +23,7 @@ from hkft.evaluation.predict import Predictions
 from hkft.events import Listener, Notice, Stage, silent
 from hkft.folder import RunFolder, read_json, write_json, write_jsonl
 from hkft.model import build, memory, pickles
+from hkft.model.fused import fuse
 from hkft.recipe import Recipe, load
 
 Base = Callable[[Recipe, Sequence[str] | None, int | None], PreTrainedModel]
@@ -182,7 +183,7 @@ def adapted(base: PreTrainedModel, adapter: Path) -> PeftModel:
         with warnings.catch_warnings():
             # PEFT leaves what it does not find at its first value, which is no adapter at all
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(base, str(adapter))
+            model = PeftModel.from_pretrained(base, str(adapter))
     except (RuntimeError, ValueError, OSError, KeyError, SafetensorError, UserWarning) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error).strip().splitlines()[0]
         raise SetupError(
@@ -191,6 +192,8 @@ def adapted(base: PreTrainedModel, adapter: Path) -> PeftModel:
             found=reason,
             hint="was it trained on another model, or with another number of labels?",
         ) from error
+    fuse(model)
+    return model
 
 
 def _fingerprint(folder: RunFolder, split: str) -> str | None:

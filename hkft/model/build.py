@@ -184,6 +184,8 @@ def with_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     """The model wrapped in PEFT's LoRA, built from the recipe's `lora` section. Raises RecipeError where PEFT refuses it."""
     from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
 
+    from hkft.model.fused import fuse
+
     highest = max((min(sizes) for module in model.modules() if (sizes := families.linear_sizes(module))), default=None)
     if highest is not None and recipe.lora["r"] > highest:
         raise RecipeError(
@@ -198,7 +200,9 @@ def with_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
         kind = TaskType.CAUSAL_LM if recipe.task == "generation" else TaskType.SEQ_CLS
         config = LoraConfig(task_type=kind, **recipe.lora)
         torch.manual_seed(recipe.seed)  # A's initial weights: the same for every method
-        return get_peft_model(model, config)  # type: ignore[return-value, arg-type]
+        wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+        fuse(wrapped)
+        return wrapped  # type: ignore[return-value]
     except (ValueError, TypeError) as error:
         wanted = recipe.lora.get("target_modules")
         names = linear_names(model)

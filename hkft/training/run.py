@@ -248,6 +248,7 @@ def _self_check(begun: Begun) -> dict[str, Any]:
     batch = trainer._prepare_inputs(collate([rows[n] for n in range(count)]))
     with memory.while_training(begun.recipe):
         found = self_check(model, batch, lambda: trainer.once(model, batch)) | {"rows": count}
+        trainer.find_shared(batch)
     begun.tell(
         Notice(
             f"the method was checked on {found['rows']} rows in {found['seconds']:.1f} s: every site acts, eval mode is inert, "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,24 +19,7 @@ from hkft.dropout.selfcheck import untouched
 from hkft.errors import DataError, DivergedError
 from hkft.model.vocabulary import Vocabulary
 from hkft.training.objective import IGNORED, Objective, learns_tokens, objective, token_objective
-
-
-class ReplayedSampler(LengthGroupedSampler):
-    """Batches of like length, in an order that follows from the seed and the epoch alone.
-
-    transformers' own draws it from the global generator, whose state at an epoch's beginning a run that is resumed in
-    its middle does not have: rows would be trained on twice, and others not at all.
-    """
-
-    seed = 0
-    epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-        return super().__iter__()
+from hkft.training.sampler import LikeLengthSampler
 
 
 class Trainer(TransformersTrainer):
@@ -77,9 +59,8 @@ class Trainer(TransformersTrainer):
         sampler = super()._get_train_sampler(train_dataset)
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
-        replayed = ReplayedSampler(sampler.batch_size, lengths=sampler.lengths)
-        replayed.seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return replayed
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LikeLengthSampler(sampler.batch_size * self.args.world_size, sampler.lengths, seed)
 
     def compute_loss(
         self,
@@ -154,6 +135,18 @@ class Trainer(TransformersTrainer):
                 sums += torch.tensor([items, *(items * float(each) for each in told)], dtype=torch.float64)
         objective, task, consistency = (sums[1:] / sums[0]).tolist()
         return objective, task, consistency
+
+    def find_shared(self, batch: dict[str, Any]) -> None:
+        """Let a batch go through both passes, and nothing be learned, so that `dropout.prefix` knows what they share.
+
+        Else the first step would find it, and a run that is resumed would take a step in full that once was not: the same,
+        but for the order in which gradients are added up.
+        """
+        assert self.model is not None
+        if self.consistency is not None:
+            with untouched(self.model, self.attachment), torch.no_grad(), self.compute_loss_context_manager():
+                self.model.train()
+                self._objective(self.model, batch)
 
     def once(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         """One pass over a batch as training makes it, without the consistency: its loss, and the model's outputs or states."""
