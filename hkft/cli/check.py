@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hkft.cli.shared import Debug, Json, Recipe, Set, quiet, reported, show_json
+import typer
+
+from hkft.cli.shared import ALONE, Debug, Json, Recipe, Set, quiet, reported, show_json
 
 if TYPE_CHECKING:
     from hkft.events import Listener
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
 
 @reported
 def check(
+    context: typer.Context,
     recipe: Recipe,
     set: Set = None,
     json: Json = False,
@@ -26,7 +29,7 @@ def check(
     loaded = load(recipe, set or ())
 
     def made(heard: Listener) -> dict[str, Any]:
-        quiet(heard)
+        quiet(heard, loaded if context.obj is ALONE else None)
         from hkft.training.plan import plan
 
         return plan(loaded, heard)
