@@ -200,6 +200,14 @@ def check_place(path: Path) -> None:
         raise UsageError("there is a file in the output's place", where=str(nearest), hint="--output names a folder")
 
 
+def cache_directory() -> Path:
+    """Where hkft keeps what can be made again, whether or not it is there: $HKFT_CACHE, else hkft in the user's cache."""
+    if named := os.environ.get("HKFT_CACHE"):
+        return Path(named).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "hkft"
+
+
 def jsonable(value: Any) -> Any:
     """The same content in JSON's own types; NaN and inf, which JSON has not, become null."""
     if isinstance(value, Mapping):

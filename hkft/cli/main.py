@@ -10,6 +10,7 @@ import typer
 
 from hkft import __version__
 from hkft.cli import check, compare, diagnose, doctor, evaluate, merge, methods, noise, predict, recipes, train
+from hkft.cli.shared import ALONE
 from hkft.view.console import plain_is_asked
 
 app = typer.Typer(
@@ -56,4 +57,4 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    app()
+    app(obj=ALONE)

@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TextIO
 
 import typer
 
 from hkft.errors import INTERRUPTED, TERMINATED, DataError, HkftError, SetupError, Terminated, terminable
 from hkft.events import Listener, Stage
+
+if TYPE_CHECKING:
+    from hkft.recipe import Recipe as RecipeRead
 
 Recipe = Annotated[
     str, typer.Option("--recipe", "-r", help="A recipe file, or the name of a shipped one (see `hkft recipes`).")
@@ -31,6 +34,8 @@ Checkpoint = Annotated[str, typer.Option(help="best, last, or the path of an ada
 WithoutRun = Annotated[str | None, typer.Option("--recipe", "-r", help="The recipe, where there is no run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+ALONE = "alone"  # typer's context object where the process does nothing else than one command
 
 P = ParamSpec("P")
 
@@ -76,9 +81,16 @@ def _interrupted(error: BaseException | None) -> bool:
     return error is not None and (isinstance(error, KeyboardInterrupt) or _interrupted(error.__cause__))
 
 
-def quiet(tell: Listener) -> None:
-    """Load the libraries below, aloud, and let hkft's own screen speak: none of their bars, log lines and warnings."""
+def quiet(tell: Listener, alone: RecipeRead | None = None) -> None:
+    """Load the libraries below, aloud, and let hkft's own screen speak: none of their bars, log lines and warnings.
+
+    alone: the recipe that the process is for, and nothing else; of it no library is loaded that it does not need.
+    """
     tell(Stage("starting torch and transformers"))
+    if alone is not None:
+        from hkft.model import quantisers
+
+        quantisers.leave_out(alone)
     warnings.filterwarnings("ignore", module=r"(?!hkft\b)")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from hkft.data.quiet import quiet as quiet_datasets

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from hkft.cli.shared import Debug, Json, Recipe, Set, quiet, reported, show_json
+from hkft.cli.shared import ALONE, Debug, Json, Recipe, Set, quiet, reported, show_json
 
 
 @reported
 def train(
+    context: typer.Context,
     recipe: Recipe,
     set: Set = None,
     output: Annotated[
@@ -35,7 +36,7 @@ def train(
     from hkft.view.terminal import view
 
     with view(json=json) as tell:
-        quiet(tell)
+        quiet(tell, loaded if context.obj is ALONE else None)
         from hkft import api
         from hkft.folder import read_json
 

@@ -43,7 +43,7 @@ class Material:
 
     @property
     def ids(self) -> dict[str, list[Any]]:
-        return {name: list(examples["id"]) for name, examples in self.examples.items()}
+        return {name: examples["id"][:] for name, examples in self.examples.items()}
 
 
 def prepare(recipe: Recipe, tell: Listener) -> Material:

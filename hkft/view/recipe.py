@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from hkft.dropout.method import Method
 from hkft.view.console import output, say
 from hkft.view.tables import table
@@ -60,6 +58,8 @@ def _labels(plan: Mapping[str, Any]) -> str:
 
 def show_method(method: Method) -> None:
     """One method: in words, and as the `dropout` section of a recipe that says it in full."""
+    import yaml
+
     record = {key: value for key, value in method.as_dict().items() if key != "name"}
     section = {"dropout": {"rate": 0.1, **{key: value for key, value in record.items() if value is not None}}}
     for site in section["dropout"]["sites"]:

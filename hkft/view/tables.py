@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-from rich import box
-from rich.cells import cell_len
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from hkft.dropout.named import METHODS
 from hkft.view.console import is_plain, output, say
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 Rows = Sequence[Sequence[Any]]
 
@@ -37,6 +35,8 @@ def methods_table(console: Console | None = None) -> None:
 
 def plain_table(columns: Sequence[str], rows: Rows, title: str = "") -> str:
     """The table as lines of aligned text, two spaces between columns."""
+    from rich.cells import cell_len
+
     cells = [list(columns), *([_text(cell) for cell in row] for row in rows)]
     widths = [max(cell_len(row[n]) for row in cells) for n in range(len(columns))]
     right = _right(len(columns), rows)
@@ -52,6 +52,10 @@ def plain_table(columns: Sequence[str], rows: Rows, title: str = "") -> str:
 
 def rich_table(columns: Sequence[str], rows: Rows, title: str = "") -> Table:
     """The table for a terminal: a rule under the head, no other lines, long text folded into its column."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
     drawn = Table(
         title=Text(title, style="bold") if title else None,
         title_justify="left",

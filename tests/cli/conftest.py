@@ -74,10 +74,11 @@ def shell() -> Command:
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder, an environment that asks for no particular looks, one thread for a process of its own."""
+    """An empty working folder and an empty cache, an environment that asks for no particular looks, one thread a process."""
     for name in LOOKS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HKFT_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)

@@ -123,5 +123,14 @@ def test_nothing_heavy_is_loaded_to_answer(args):
     assert watched(*args).stderr.splitlines()[-1] == "[]"
 
 
+def test_a_second_check_of_what_has_not_changed_loads_nothing_heavy(hkft, tiny):
+    hkft("check", "--recipe", tiny)  # in this process the libraries add to the environment that others inherit
+    first = hkft("check", "--recipe", tiny)
+    ran = watched("check", "--recipe", str(tiny))
+    assert (ran.returncode, ran.stdout) == (first.code, first.out)
+    assert ran.stderr.splitlines()[-1] == "[]"
+    assert ran.stderr.startswith("as at an earlier check, since which nothing has changed\n")
+
+
 def test_the_check_above_would_see_it():
     assert watched(code=LOADED.replace("main()\n", "import scipy\n", 1)).stderr.splitlines()[-1] == "['scipy']"

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from hkft.diagnostics import Point, from_records
+from hkft.diagnostics.curve import Point, from_records
 from hkft.errors import DataError
 from hkft.events import Evaluated, TrainStep, as_record
 

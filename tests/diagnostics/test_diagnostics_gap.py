@@ -1,6 +1,6 @@
 import pytest
 
-from hkft.diagnostics import gap, main_metric
+from hkft.diagnostics.gap import gap, main_metric
 
 
 def test_a_positive_gap_is_always_a_worse_validation():
