@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow as pa
+from datasets.table import InMemoryTable
 
 from hkft.data.files import read_file
 from hkft.data.hub import read_hub
@@ -14,9 +17,10 @@ from hkft.data.references import locate, package_path
 from hkft.errors import DataError
 from hkft.events import Listener, Stage
 
-__all__ = ["cells_of", "in_memory", "locate", "package_path", "read"]
+__all__ = ["batches_of", "cells_of", "column_of", "locate", "package_path", "picked", "read"]
 
-Encode = Callable[[Mapping[str, list[Any]]], dict[str, Any]]
+BATCH = 10_000
+NAMELESS = "hkft"  # datasets' own name of the content: to make one up, it would read all of it
 
 
 def read(reference: str, tell: Listener) -> datasets.Dataset:
@@ -38,20 +42,28 @@ def read(reference: str, tell: Listener) -> datasets.Dataset:
         raise DataError("a column has a type that datasets cannot hold", where=str(path), found=found) from None
 
 
-def in_memory(rows: datasets.Dataset, encode: Encode, features: datasets.Features, batch_size: int) -> datasets.Dataset:
-    """What `encode` makes of batches of the rows, with the columns of `features` alone, and no file of it on disk."""
-    return rows.map(
-        encode,
-        batched=True,
-        batch_size=batch_size,
-        remove_columns=rows.column_names,
-        features=features,
-        keep_in_memory=True,
-        load_from_cache_file=False,
-        new_fingerprint="tokenised",  # else datasets pickles the tokenizer to name a cache file that is never written
-    )
-
-
 def cells_of(source: datasets.Dataset, column: str) -> list[Any]:
     """One column as Python values, without decoding the others."""
     return source.select_columns([column])[:][column]
+
+
+def batches_of(source: datasets.Dataset, *columns: str) -> Iterator[pa.Table]:
+    """The rows of some columns, BATCH at a time: what is made of them is all that is held."""
+    yield from source.select_columns([*columns]).with_format("arrow").iter(BATCH)
+
+
+def column_of(source: datasets.Dataset, column: str) -> np.ndarray:
+    """A column of numbers or truth values without gaps, [N]."""
+    parts = [table.column(0).to_numpy() for table in batches_of(source, column)]
+    return np.concatenate(parts) if parts else np.array([])
+
+
+def picked(source: datasets.Dataset, rows: np.ndarray) -> datasets.Dataset:
+    """Some rows, in the order of their numbers `rows`. As `Dataset.select`, which holds a Python object for each."""
+    if len(rows) == len(source) and (np.diff(rows) == 1).all():
+        return source
+    numbers = pa.array(rows, pa.uint64())
+    if source._indices is not None:
+        numbers = source._indices.column(0).take(numbers)
+    table = InMemoryTable(pa.table({"indices": numbers}))
+    return datasets.Dataset(source.data, info=source.info, indices_table=table, fingerprint=NAMELESS)

@@ -18,7 +18,7 @@ from hkft.data.completions import IGNORED
 from hkft.data.near import near_duplicates
 from hkft.errors import DataError, RecipeError, nearest
 from hkft.evaluation.metrics import score
-from hkft.events import Listener, Notice, Sample, Stage
+from hkft.events import Event, Listener, Notice, Sample, Stage
 from hkft.folder import RunFolder
 from hkft.model import build
 from hkft.recipe import Recipe
@@ -48,12 +48,16 @@ class Material:
 
 def prepare(recipe: Recipe, tell: Listener) -> Material:
     """Rows, split and tokenised, with the probe: as many training rows as there are validation rows, labels in the same mix."""
+    tell = _once(tell)
     tell(Stage("reading the data"))
     rows = splits.load(recipe, tell)
     assert rows.train is not None and rows.validation is not None
     tokenizer = build.tokenizer(recipe)
     encode = partial(tokenise.tokenise, tokenizer=tokenizer, max_length=recipe.data.max_length, tell=tell)
-    examples = {"train": encode(rows.train, name="train"), "validation": encode(rows.validation, name="validation")}
+    examples = {
+        name: encode(split, name=name, content=rows.fingerprints[name])
+        for name, split in (("train", rows.train), ("validation", rows.validation))
+    }
     if recipe.task == "generation":
         tell(sample(examples["train"], tokenizer))
     chosen = _probe(recipe, rows, examples)
@@ -74,6 +78,19 @@ def prepare(recipe: Recipe, tell: Listener) -> Material:
         )
     near = _near_duplicates(recipe, rows, tell)
     return Material(examples, rows.labels, rows.fingerprints, rows.duplicates, tokenizer, near)
+
+
+def _once(tell: Listener) -> Listener:
+    """A listener to whom no notice is told twice: a cache that cannot be written would be, for every set."""
+    said: set[Event] = set()
+
+    def heard(event: Event) -> None:
+        if not isinstance(event, Notice) or event not in said:
+            tell(event)
+        if isinstance(event, Notice):
+            said.add(event)
+
+    return heard
 
 
 def _near_duplicates(recipe: Recipe, rows: splits.Splits, tell: Listener) -> dict[str, Any] | None:
