@@ -43,7 +43,7 @@ def near_duplicates(
     copies.
     """
     assert 0 < least <= 1, least
-    columns, rows = _drawn(len(train), most_rows, seed), _drawn(len(validation), most_rows, seed)
+    columns, rows = drawn(len(train), most_rows, seed), drawn(len(validation), most_rows, seed)
     train_texts, texts = [_plain(train[i]) for i in columns], [_plain(validation[i]) for i in rows]
     first: dict[str, int] = {}
     for position, text in enumerate(train_texts):
@@ -59,8 +59,9 @@ def near_duplicates(
     return sorted(found, key=lambda near: (-near.similarity, near.validation)), len(rows)
 
 
-def _drawn(count: int, most: int, seed: int) -> Sequence[int]:
-    return range(count) if count <= most else [int(i) for i in draw(count, most, seed)]
+def drawn(count: int, most: int, seed: int) -> np.ndarray:
+    """The numbers of the texts that are compared, of `count`."""
+    return np.arange(count) if count <= most else draw(count, most, seed)
 
 
 def _plain(text: str) -> str:

@@ -52,6 +52,13 @@ def batches_of(source: datasets.Dataset, *columns: str) -> Iterator[pa.Table]:
     yield from source.select_columns([*columns]).with_format("arrow").iter(BATCH)
 
 
+def pieces_of(source: datasets.Dataset, *columns: str) -> Iterator[datasets.Dataset]:
+    """As `batches_of`, as datasets with the source's features."""
+    info = datasets.DatasetInfo(features=datasets.Features({name: source.features[name] for name in columns}))
+    for table in batches_of(source, *columns):
+        yield datasets.Dataset(InMemoryTable(table), info=info, fingerprint=NAMELESS)
+
+
 def column_of(source: datasets.Dataset, column: str) -> np.ndarray:
     """A column of numbers or truth values without gaps, [N]."""
     parts = [table.column(0).to_numpy() for table in batches_of(source, column)]

@@ -15,7 +15,7 @@ from transformers import DataCollatorWithFlattening, DataCollatorWithPadding, Pr
 from hkft.data.completions import IGNORED, MUCH, examples_of
 from hkft.data.encoding import encoded, key_of
 from hkft.data.quiet import quiet
-from hkft.data.sources import column_of
+from hkft.data.sources import cells_of, column_of
 from hkft.errors import SetupError, UsageError
 from hkft.events import Listener, Notice
 
@@ -65,7 +65,7 @@ def texts_of(examples: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> 
     """What the model reads of each example, as text; None where the examples have their prompts."""
     if "prompt" in examples.column_names:
         return None
-    return tokenizer.batch_decode(list(examples["input_ids"]), skip_special_tokens=True)
+    return tokenizer.batch_decode(cells_of(examples, "input_ids"), skip_special_tokens=True)
 
 
 def ensure_padding(tokenizer: PreTrainedTokenizerBase, tell: Listener) -> None:
