@@ -173,7 +173,7 @@ def _indented(content: Mapping[str, Any]) -> Iterator[str]:
     before = "{"
     for key, value in content.items():
         yield f"{before}\n  {json.dumps(str(key))}: "
-        if hasattr(value, "tolist") and getattr(value, "size", 0):
+        if getattr(value, "ndim", 0) and len(value):  # a numpy array
             for start in range(0, len(value), PIECE):
                 numbers = ",".join(
                     f"\n    {json.dumps(jsonable(item))}" for item in value[start : start + PIECE].tolist()
@@ -230,7 +230,7 @@ def jsonable(value: Any) -> Any:
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
         return [jsonable(item) for item in value]
-    if hasattr(value, "tolist") and getattr(value, "ndim", 0):  # a numpy array
+    if getattr(value, "ndim", 0):  # a numpy array
         return jsonable(value.tolist())
     if hasattr(value, "item"):  # a numpy scalar
         value = value.item()

@@ -43,7 +43,7 @@ def near_duplicates(
     copies.
     """
     assert 0 < least <= 1, least
-    columns, rows = drawn(len(train), most_rows, seed), drawn(len(validation), most_rows, seed)
+    columns, rows = (drawn(len(side), most_rows, seed).tolist() for side in (train, validation))
     train_texts, texts = [_plain(train[i]) for i in columns], [_plain(validation[i]) for i in rows]
     first: dict[str, int] = {}
     for position, text in enumerate(train_texts):

@@ -207,7 +207,7 @@ def _limited(split: datasets.Dataset, wanted: int | None, seed: int, name: str, 
 
 def _duplicates(train: datasets.Dataset, validation: datasets.Dataset, tell: Listener) -> int:
     among = pc.SetLookupOptions(value_set=_digests(train))
-    count = np.count_nonzero(pc.call_function("is_in", [_digests(validation)], among))
+    count = int(np.count_nonzero(pc.call_function("is_in", [_digests(validation)], among)))
     if count:
         share = f"{count:,} of {len(validation):,} validation rows ({count / len(validation):.1%})"
         what = "have a prompt that is in train too" if "prompt" in train.column_names else "are in train too"

@@ -107,7 +107,9 @@ def look(
             sums[:, rows] = _sums(model, vocabulary, batch).cpu().double()
     losses, tokens, hits = sums.numpy()
     return Completions(
-        *(cells_of(examples, column) for column in ("id", "prompt", "completion")),
+        cells_of(examples, "id"),
+        cells_of(examples, "prompt"),
+        cells_of(examples, "completion"),
         losses,
         tokens.astype(np.int64),
         hits.astype(np.int64),

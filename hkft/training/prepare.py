@@ -151,8 +151,8 @@ def _probe(recipe: Recipe, rows: splits.Splits, examples: dict[str, datasets.Dat
         train, validation = (splits.groups_of(examples[name]) for name in ("train", "validation"))
         return probe.probe_of_prompts(train, validation, size, seed)
     assert rows.train is not None and rows.validation is not None
-    labels = [column_of(split, "label") for split in (rows.train, rows.validation)]
-    return probe.probe_indices(*labels, size, seed, recipe.task)
+    train, validation = (column_of(split, "label") for split in (rows.train, rows.validation))
+    return probe.probe_indices(train, validation, size, seed, recipe.task)
 
 
 def arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:

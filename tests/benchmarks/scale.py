@@ -34,9 +34,8 @@ from typing import Any
 
 import psutil
 
-WORDS = [
-    a + b + c for a in ("ba", "de", "ki", "lo", "mu") for b in ("ra", "ne", "ti", "so") for c in ("l", "n", "st", "")
-]
+SYLLABLES = [a + b for a in "bdfghklmnprst" for b in ("a", "e", "in", "or")]
+WORDS = [a + b + c for a in SYLLABLES for b in SYLLABLES for c in ("", "s", "ly", "ness")]
 MARKS = ("good", "bad")
 
 
