@@ -44,7 +44,8 @@ def near_duplicates(
     """
     assert 0 < least <= 1, least
     columns, rows = (drawn(len(side), most_rows, seed).tolist() for side in (train, validation))
-    train_texts, texts = [_plain(train[i]) for i in columns], [_plain(validation[i]) for i in rows]
+    train_texts = [_plain(train[i]) for i in columns]
+    texts = [_plain(validation[i]) for i in rows]
     first: dict[str, int] = {}
     for position, text in enumerate(train_texts):
         first.setdefault(text, position)

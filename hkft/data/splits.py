@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,11 +92,21 @@ def fingerprint(split: datasets.Dataset) -> str:
     """sha256, in hexadecimal, of the rows: one line of JSON each, with the columns in the order of their names."""
     digest = hashlib.sha256()
     names = sorted(split.column_names)
+    form = "{" + ", ".join(f"{json.dumps(name)}: %s" for name in names) + "}\n"
     for table in batches_of(split, *names):
-        columns = [table.column(name).to_pylist() for name in names]
-        lines = (json.dumps(dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True))
-        digest.update("".join(f"{line}\n" for line in lines).encode())
+        lines = map(form.__mod__, zip(*(_as_json(table.column(name)) for name in names), strict=True))
+        digest.update("".join(lines).encode())
     return digest.hexdigest()
+
+
+def _as_json(cells: pa.ChunkedArray) -> Iterator[str]:
+    """Each cell as `json.dumps` writes it: that itself takes twice the time of all else that is done to a row."""
+    plain = cells.null_count == 0
+    if plain and pa.types.is_string(cells.type):
+        return map(json.encoder.encode_basestring_ascii, cells.to_pylist())
+    if plain and pa.types.is_integer(cells.type):
+        return map(int.__repr__, cells.to_pylist())
+    return map(json.dumps, cells.to_pylist())
 
 
 def _read(name: str, recipe: DataRecipe, labels: tuple[str, ...] | None, tell: Listener) -> Rows:
