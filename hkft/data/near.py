@@ -43,7 +43,7 @@ def near_duplicates(
     copies.
     """
     assert 0 < least <= 1, least
-    columns, rows = (drawn(len(side), most_rows, seed).tolist() for side in (train, validation))
+    columns, rows = ([int(i) for i in drawn(len(side), most_rows, seed)] for side in (train, validation))
     train_texts = [_plain(train[i]) for i in columns]
     texts = [_plain(validation[i]) for i in rows]
     first: dict[str, int] = {}
