@@ -17,6 +17,7 @@ from hkft.errors import DataError, UsageError
 from hkft.events import Event, Stage, as_record
 
 SCHEMA_VERSION = 1
+PIECE = 10_000  # numbers of an array that are written at a time
 
 
 @dataclass(frozen=True)
@@ -149,21 +150,44 @@ def open_run(path: str | Path) -> RunFolder:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: through a neighbour that is renamed, and gone if the writing fails."""
+    _write(path, [text])
+
+
+def _write(path: Path, pieces: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(pieces)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(jsonable(content), indent=2) + "\n")
+    """JSON, indented; a numpy array of numbers in `content` is a list, written a piece at a time."""
+    _write(path, _indented(content))
+
+
+def _indented(content: Mapping[str, Any]) -> Iterator[str]:
+    before = "{"
+    for key, value in content.items():
+        yield f"{before}\n  {json.dumps(str(key))}: "
+        if getattr(value, "ndim", 0) and len(value):  # a numpy array
+            for start in range(0, len(value), PIECE):
+                numbers = ",".join(
+                    f"\n    {json.dumps(jsonable(item))}" for item in value[start : start + PIECE].tolist()
+                )
+                yield f"{',' if start else '['}{numbers}"
+            yield "\n  ]"
+        else:
+            yield json.dumps(jsonable(value), indent=2).replace("\n", "\n  ")
+        before = ","
+    yield "\n}\n" if content else "{}\n"
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(jsonable(record)) + "\n" for record in records))
+    _write(path, (json.dumps(jsonable(record)) + "\n" for record in records))
 
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:
@@ -214,6 +238,8 @@ def jsonable(value: Any) -> Any:
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
         return [jsonable(item) for item in value]
+    if getattr(value, "ndim", 0):  # a numpy array
+        return jsonable(value.tolist())
     if hasattr(value, "item"):  # a numpy scalar
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

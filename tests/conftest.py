@@ -1,10 +1,11 @@
-"""For every room: no network, few threads, one seed a test, and the shapes in the dropout maths' signatures checked."""
+"""For every room: no network, few threads, a cache of its own, one seed a test, and the shapes in the dropout maths' signatures checked."""
 
 from __future__ import annotations
 
 import os
 import random
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from jaxtyping import install_import_hook
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+_cache = tempfile.TemporaryDirectory(prefix="hkft-cache-")  # gone with the process
+os.environ["HKFT_CACHE"] = _cache.name
 
 # Before anything imports hkft: the hook rewrites modules as they are loaded.
 install_import_hook(

@@ -13,23 +13,28 @@ beginning of its prompt, and only where the completion alone is too long the end
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from hkft.data.sources import in_memory
+from hkft.data.encoding import encoded, key_of
+from hkft.data.sources import column_of, picked
 from hkft.errors import DataError, SetupError
-from hkft.events import Listener, Notice, Stage
+from hkft.events import Listener, Notice
 
 IGNORED = -100  # a label that is not learned, as everywhere in torch and transformers
-BATCH = 1000
 MUCH = 0.05  # a larger share of cut rows is a warning
 MARK = "\ue000"  # a private sign of Unicode: no answer holds it
 LEAD = "\n"  # in front of a text that is tokenised as if in the midst of another
+CUTS: tuple[str | None, ...] = (
+    None,
+    "prompt",
+    "completion",
+)  # by the number that says which of them a row lost a part of
 
 Chat = Sequence[Mapping[str, Any]]
 
@@ -41,6 +46,8 @@ class Encoded:
     prompt: list[int]
     prompt_labels: list[int]  # IGNORED, but for earlier turns of the assistant
     completion: list[int]
+    unlearned: int = 0  # earlier answers of the assistant that are not learned
+    parted: bool = False  # whether the template begins the last answer otherwise than it asks for one
 
     @property
     def learned(self) -> bool:
@@ -57,6 +64,8 @@ class Written:
     earlier: list[tuple[int, int]]
     answer: str
     ended: bool  # the template ends it with a token that generation stops at
+    unlearned: int
+    parted: bool
 
 
 class Encoder:
@@ -70,7 +79,6 @@ class Encoder:
         self.start, self.end = (
             token if isinstance(token, int) else None for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
         )
-        self.unlearned = self.parted = 0  # earlier answers that are not learned; last ones that begin elsewhere
         if chats and not (tokenizer.chat_template and tokenizer.is_fast):
             raise SetupError(
                 f"the tokenizer has no {'offsets' if tokenizer.chat_template else 'chat template'}",
@@ -115,7 +123,8 @@ class Encoder:
             completion = whole[len(prompt) :] if agree else self._inside([chat.answer])[0]
             learned = [any(start < b and stop > a for a, b in chat.earlier) for start, stop in places]
             labels = [token if yes else IGNORED for token, yes in zip(prompt, learned, strict=True)]
-            found.append(Encoded(prompt, labels, completion if chat.ended else self._ended(completion)))
+            completion = completion if chat.ended else self._ended(completion)
+            found.append(Encoded(prompt, labels, completion, chat.unlearned, chat.parted))
         return found
 
     def said(self, text: str) -> str:
@@ -135,10 +144,10 @@ class Encoder:
     def _written(self, turns: Chat, where: str) -> Written:
         """Where the template does not begin the answer as it asks for one, it is learned after what it asks with."""
         asked, whole = self._rendered(turns[:-1], True, where), self._rendered(turns, False, where).rstrip()
-        if whole.startswith(asked):
+        parted = not whole.startswith(asked)
+        if not parted:
             answer = whole[len(asked) :]
         else:
-            self.parted += 1
             place = _place(whole, self._rendered(_marked(turns, len(turns) - 1), False, where).rstrip())
             if place is None:
                 found = f"{whole[-80:]!r} after {asked[-80:]!r}"
@@ -147,9 +156,8 @@ class Encoder:
             space = before[len(before.rstrip()) :]
             answer = ("" if asked.endswith(space) else space) + whole[place[0] :]
         spans = [self._span(turns[:-1], n, asked, where) for n in _answers(turns[:-1])]
-        self.unlearned += spans.count(None)
         ended = self.stops or (not self.closing and not answer.endswith(turns[-1]["content"].rstrip()))
-        return Written(asked, [span for span in spans if span], answer, ended)
+        return Written(asked, [span for span in spans if span], answer, ended, spans.count(None), parted)
 
     def _span(self, turns: Chat, n: int, text: str, where: str) -> tuple[int, int] | None:
         """Where turn n and its end stand in `text`, the chat ready for an answer; None where not all it says is there.
@@ -245,39 +253,46 @@ def fit(example: Encoded, longest: int, start: int | None) -> tuple[Encoded, str
 
     completion = example.completion[: longest - kept]
     cut = "completion" if len(completion) < len(example.completion) else "prompt"
-    return Encoded(shortened(example.prompt), shortened(example.prompt_labels), completion), cut
+    prompt, labels = shortened(example.prompt), shortened(example.prompt_labels)
+    return replace(example, prompt=prompt, prompt_labels=labels, completion=completion), cut
 
 
 def examples_of(
-    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, longest: int, tell: Listener, name: str
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    tell: Listener,
+    name: str,
+    content: str | None = None,
 ) -> datasets.Dataset:
-    """The rows as examples, in memory and in their order: no padding, at most `longest` tokens.
+    """The rows as examples in their order: no padding, at most `longest` tokens. content: as in `tokenise`.
 
     Columns: `input_ids`, `attention_mask`; `labels` where the rows have a `completion`, IGNORED for what is not
     learned; `prompt_length`, the tokens that generation begins with; `id`, `length`, `prompt`, `completion`. What is
     cut, and what is left out because nothing of it would be learned, is counted aloud under `name`. Raises DataError
     where no row is left, or the chat template refuses one, and SetupError as `Encoder` does.
     """
-    encoder = Encoder(tokenizer, "messages" in rows.column_names)
-    labelled = "completion" in rows.column_names
-    cut: Counter[str | None] = Counter()
-    done = 0
+    chats, labelled = "messages" in rows.column_names, "completion" in rows.column_names
+    encoder = Encoder(tokenizer, chats)
+    found = encoded(
+        rows,
+        _Encode(encoder, longest, labelled, name),
+        _features(labelled),
+        tell,
+        name,
+        key=None if content is None else key_of(content, tokenizer, longest),
+        slow=chats or not tokenizer.is_fast,
+    )
+    noted = {column: column_of(found, column) for column in _NOTES}
+    there = np.flatnonzero(noted["kept"])
+    cut = dict(zip(CUTS, np.bincount(noted["cut"], minlength=len(CUTS)).tolist(), strict=True))
+    _tell_cut(cut, len(rows), len(there), longest, tell, name)
+    if labelled:
+        _tell_unlearned(int(noted["unlearned"].sum()), int(noted["parted"].sum()), encoder, tell, name)
+    return picked(found, there).remove_columns([*_NOTES])
 
-    def encode(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        nonlocal done
-        encoded = [fit(example, longest, encoder.start) for example in _encoded(encoder, batch, name)]
-        cut.update(what for _, what in encoded)
-        done += len(encoded)
-        tell(Stage(f"tokenising {name}", done, len(rows)))
-        return _columns([example for example, _ in encoded], batch, labelled)
 
-    examples = in_memory(rows, encode, _features(labelled), BATCH)
-    _tell_cut(cut, len(rows), len(examples), longest, tell, name)
-    _tell_unlearned(encoder, labelled, tell, name)
-    return examples
-
-
-def _tell_cut(cut: Counter[str | None], rows: int, kept: int, longest: int, tell: Listener, name: str) -> None:
+def _tell_cut(cut: Mapping[str | None, int], rows: int, kept: int, longest: int, tell: Listener, name: str) -> None:
     """Say what was left out and what was cut. Raises DataError where nothing is left."""
     if kept < rows:
         share = f"{rows - kept:,} of {rows:,} {name} rows"
@@ -299,50 +314,71 @@ def _tell_cut(cut: Counter[str | None], rows: int, kept: int, longest: int, tell
             tell(Notice(f"{share} are longer than {longest} tokens and lost {end}: data.max_length", level=level))
 
 
-def _tell_unlearned(encoder: Encoder, labelled: bool, tell: Listener, name: str) -> None:
+def _tell_unlearned(unlearned: int, parted: int, encoder: Encoder, tell: Listener, name: str) -> None:
     """Say what the tokenizer or its chat template does not let be learned as it stands."""
-    if encoder.unlearned:
-        told = f"{encoder.unlearned:,} earlier answers of {name}, which the chat template writes otherwise once past"
+    if unlearned:
+        told = f"{unlearned:,} earlier answers of {name}, which the chat template writes otherwise once past"
         tell(Notice(f"{told}, are not learned", level="warning"))
-    if encoder.parted:
-        told = f"in {encoder.parted:,} chats of {name} the chat template does not begin the answer as it asks for one"
+    if parted:
+        told = f"in {parted:,} chats of {name} the chat template does not begin the answer as it asks for one"
         tell(Notice(f"{told}: it is learned right after what the template asks with", level="warning"))
-    if labelled and encoder.end is None:
+    if encoder.end is None:
         tell(Notice("the tokenizer has no end-of-sequence token: no end of text can be learned", level="warning"))
 
 
-def _encoded(encoder: Encoder, batch: Mapping[str, list[Any]], name: str) -> list[Encoded]:
-    if "messages" in batch:
-        chats = [json.loads(chat) for chat in batch["messages"]]
-        where = [f"data.messages, {name}, row {row} (the first is 0)" for row in batch["id"]]
-        if "completion" in batch:
-            return encoder.chats(chats, where)
-        prompts = [encoder.chat_prompt(chat, place) for chat, place in zip(chats, where, strict=True)]
-    elif "completion" in batch:
-        return encoder.pairs(batch["prompt"], batch["completion"])
-    else:
-        prompts = encoder.prompts(batch["prompt"])
-    return [Encoded(prompt, [IGNORED] * len(prompt), []) for prompt in prompts]
+@dataclass(frozen=True)
+class _Encode:
+    """A batch of rows -> columns of examples, with what was done to each row in _NOTES."""
+
+    encoder: Encoder
+    longest: int
+    labelled: bool
+    name: str  # of the rows, for errors
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        fitted = [fit(example, self.longest, self.encoder.start) for example in self._examples(batch)]
+        examples, cuts = [example for example, _ in fitted], [CUTS.index(cut) for _, cut in fitted]
+        lengths = [len(example.prompt) + len(example.completion) for example in examples]
+        columns = {
+            "input_ids": [example.prompt + example.completion for example in examples],
+            "attention_mask": [[1] * length for length in lengths],
+            "prompt_length": [len(example.prompt) for example in examples],
+            "length": lengths,
+            "kept": [bool(example.prompt) and (example.learned or not self.labelled) for example in examples],
+            "cut": cuts,
+            "unlearned": [example.unlearned for example in examples],
+            "parted": [example.parted for example in examples],
+        }
+        if self.labelled:
+            columns["labels"] = [example.prompt_labels + example.completion for example in examples]
+        return columns | {key: batch[key] for key in ("id", "prompt", "completion") if key in batch}
+
+    def _examples(self, batch: Mapping[str, list[Any]]) -> list[Encoded]:
+        encoder = self.encoder
+        if "messages" in batch:
+            chats = [json.loads(chat) for chat in batch["messages"]]
+            where = [f"data.messages, {self.name}, row {row} (the first is 0)" for row in batch["id"]]
+            if "completion" in batch:
+                return encoder.chats(chats, where)
+            prompts = [encoder.chat_prompt(chat, place) for chat, place in zip(chats, where, strict=True)]
+        elif "completion" in batch:
+            return encoder.pairs(batch["prompt"], batch["completion"])
+        else:
+            prompts = encoder.prompts(batch["prompt"])
+        return [Encoded(prompt, [IGNORED] * len(prompt), []) for prompt in prompts]
 
 
-def _columns(examples: Sequence[Encoded], batch: Mapping[str, list[Any]], labelled: bool) -> dict[str, list[Any]]:
-    rows = [n for n, example in enumerate(examples) if example.prompt and (example.learned or not labelled)]
-    kept = [examples[n] for n in rows]
-    columns = {
-        "input_ids": [example.prompt + example.completion for example in kept],
-        "attention_mask": [[1] * (len(example.prompt) + len(example.completion)) for example in kept],
-        "prompt_length": [len(example.prompt) for example in kept],
-        "length": [len(example.prompt) + len(example.completion) for example in kept],
-    }
-    if labelled:
-        columns["labels"] = [example.prompt_labels + example.completion for example in kept]
-    return columns | {key: [batch[key][n] for n in rows] for key in ("id", "prompt", "completion") if key in batch}
+_NOTES = {  # columns that tell what was done to a row; no example has them
+    "kept": datasets.Value("bool"),
+    "cut": datasets.Value("int8"),
+    "unlearned": datasets.Value("int32"),
+    "parted": datasets.Value("bool"),
+}
 
 
 def _features(labelled: bool) -> datasets.Features:
     numbers, text = datasets.List(datasets.Value("int32")), datasets.Value("string")
     kinds: dict[str, Any] = {"input_ids": numbers, "attention_mask": datasets.List(datasets.Value("int8"))}
     kinds |= {"labels": numbers, "completion": text} if labelled else {}
-    return datasets.Features(
-        {**kinds, "prompt": text, **dict.fromkeys(("id", "length", "prompt_length"), datasets.Value("int64"))}
-    )
+    counts = dict.fromkeys(("id", "length", "prompt_length"), datasets.Value("int64"))
+    return datasets.Features({**kinds, "prompt": text, **counts, **_NOTES})

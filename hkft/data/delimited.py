@@ -7,30 +7,36 @@ and does not fill a short row up in silence.
 from __future__ import annotations
 
 import csv
-import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from itertools import islice
+from typing import TextIO
 
 from hkft.errors import DataError
 
+Open = Callable[[], TextIO]
 Record = tuple[int, list[str]]  # the line it begins on, counted from 1, and its fields
 
+BATCH = 10_000  # rows at a time
 _PROPERLY_QUOTED = re.compile(r'"(?:[^"]|"")*"')
 _LONGEST_FIELD = 2**31 - 1  # csv's own limit, 128 KiB, is shorter than a long document
 
 
-def parse_delimited(text: str, where: str, delimiter: str) -> dict[str, list[str]]:
-    """Column name -> cells, from text whose first record is the header.
+def parse_delimited(opened: Open, where: str, delimiter: str) -> Iterator[dict[str, list[str]]]:
+    """Column name -> cells, some rows at a time, from text whose first record is the header.
 
     Blank lines are skipped. A csv whose header has no comma but another separator, as a spreadsheet set to another
     country writes it, is read by that one. Raises DataError, with the line, for a file without rows, a row of another width than the
-    header, a quote that never closes, two columns of one name.
+    header, a quote that never closes, two columns of one name: once the whole text has been read.
+
+    opened: opens the text anew, with its lines' ends as they are (newline="").
     """
     if delimiter == ",":
-        delimiter = _separator(text)
+        delimiter = _separator(opened)
     limit = csv.field_size_limit(_LONGEST_FIELD)
     try:
-        records = _tabbed(text) if delimiter == "\t" else list(_records(text, delimiter))
+        quoted = delimiter != "\t" or _tabs_are_quoted(opened)
+        yield from _batches(opened, where, delimiter, quoted)
     except csv.Error as error:
         raise DataError(
             "the quotes of this record do not match",
@@ -40,65 +46,81 @@ def parse_delimited(text: str, where: str, delimiter: str) -> dict[str, list[str
         ) from None
     finally:
         csv.field_size_limit(limit)
-    if not records:
+
+
+def _batches(opened: Open, where: str, delimiter: str, quoted: bool) -> Iterator[dict[str, list[str]]]:
+    records = _records(opened, delimiter, quoted)
+    _, header = next(records, (0, None))
+    if header is None:
         raise DataError("the file is empty", where=where)
-    (_, header), rows = records[0], records[1:]
-    names = _names(header, where)
-    if not rows:
+    fields, ragged, some = len(header), None, False
+    names = [name.strip() or f"column_{place}" for place, name in enumerate(header, 1)]  # pandas' index has no name
+    while rows := list(islice(records, BATCH)):
+        some = True
+        ragged = ragged or next((record for record in rows if len(record[1]) != fields), None)
+        if ragged is None:  # else the rest is read only for a quote that never closes, which is told first
+            yield dict(zip(names, map(list, zip(*(cells for _, cells in rows), strict=True)), strict=True))
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError("two columns have one name", where=f"{where}:1", found=", ".join(repeated))
+    if not some:
         raise DataError("the file has a header and no rows", where=where, found=f"columns {', '.join(names)}")
-    if ragged := _ragged(records):
+    if ragged:
         raise _uneven(ragged, names, where, delimiter)
-    return dict(zip(names, map(list, zip(*(fields for _, fields in rows), strict=True)), strict=True))
 
 
-def _separator(text: str) -> str:
-    header = next((line for line in text.splitlines() if line.strip()), "")
+def _separator(opened: Open) -> str:
+    with opened() as text:
+        header = next((part for line in text for part in line.splitlines() if part.strip()), "")
     return next((sign for sign in (",", ";", "\t", "|") if sign in header), ",")
 
 
-def _records(text: str, delimiter: str, quoted: bool = True) -> Iterator[Record]:
+def _records(opened: Open, delimiter: str, quoted: bool = True) -> Iterator[Record]:
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
     line = 1
-    try:
-        for fields in reader:
-            if len(fields) > 1 or (fields and fields[0].strip()):
-                yield line, fields
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise csv.Error(str(error), line) from None
+    with opened() as text:
+        reader = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True)
+        try:
+            for fields in reader:
+                if len(fields) > 1 or (fields and fields[0].strip()):
+                    yield line, fields
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise csv.Error(str(error), line) from None
 
 
-def _tabbed(text: str) -> list[Record]:
-    """The records of a tsv, quoted or not.
+def _tabs_are_quoted(opened: Open) -> bool:
+    """Whether quotes of a tsv are syntax.
 
     GLUE's files quote nothing, and a lone `"` in a sentence must not join rows; files that pandas writes quote by the
     rule. Where every line is as wide as the header, a record is a line, and the quotes are syntax only if every field
     with a quote in it is properly quoted. Where lines differ, quotes hold tabs or newlines, or the file is broken.
     """
-    plain = list(_records(text, "\t", quoted=False))
-    if not _ragged(plain):
-        marked = [field for _, fields in plain for field in fields if '"' in field]
-        syntax = bool(marked) and all(map(_PROPERLY_QUOTED.fullmatch, marked))
-        return list(_records(text, "\t")) if syntax else plain
+    marked, proper, even = False, True, True
+    for record in (plain := _even(_records(opened, "\t", quoted=False))):
+        if record is None:
+            even = False
+            break
+        for field in record:
+            if '"' in field:
+                marked, proper = True, proper and bool(_PROPERLY_QUOTED.fullmatch(field))
+    plain.close()
+    if even:
+        return marked and proper
     try:
-        quoted = list(_records(text, "\t"))
+        return all(record is not None for record in _even(_records(opened, "\t")))
     except csv.Error:
-        return plain
-    return plain if _ragged(quoted) else quoted
+        return False
 
 
-def _ragged(records: list[Record]) -> Record | None:
-    """The first record that is not as wide as the header."""
-    return next((record for record in records if len(record[1]) != len(records[0][1])), None)
-
-
-def _names(header: list[str], where: str) -> list[str]:
-    """The header's names; one without a name, as pandas writes its index, is called by its place."""
-    names = [name.strip() or f"column_{place}" for place, name in enumerate(header, 1)]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError("two columns have one name", where=f"{where}:1", found=", ".join(repeated))
-    return names
+def _even(records: Iterator[Record]) -> Generator[list[str] | None]:
+    """The fields of each record; None for the first that is not as wide as the header, and no more."""
+    width = None
+    for _, fields in records:
+        width = len(fields) if width is None else width
+        if len(fields) != width:
+            yield None
+            return
+        yield fields
 
 
 def _uneven(record: Record, names: list[str], where: str, delimiter: str) -> DataError:

@@ -24,7 +24,7 @@ def draw(count: int, wanted: int, seed: int) -> np.ndarray:
     return np.sort(np.random.RandomState(seed).permutation(count)[:wanted])
 
 
-def draw_groups(groups: Sequence[int], wanted: int, seed: int) -> np.ndarray:
+def draw_groups(groups: Sequence[int] | np.ndarray, wanted: int, seed: int) -> np.ndarray:
     """As `draw`, but whole groups: at most `wanted` rows, at least one group. groups: [N], the group of each row."""
     member = np.unique(np.asarray(groups), return_inverse=True)[1]
     order = np.random.RandomState(seed).permutation(member.max() + 1)
@@ -33,7 +33,9 @@ def draw_groups(groups: Sequence[int], wanted: int, seed: int) -> np.ndarray:
     return np.flatnonzero(np.isin(member, taken))
 
 
-def hold_out(groups: Sequence[int], strata: Sequence[int], fraction: float, seed: int) -> np.ndarray:
+def hold_out(
+    groups: Sequence[int] | np.ndarray, strata: Sequence[int] | np.ndarray, fraction: float, seed: int
+) -> np.ndarray:
     """Which rows are validation: [N] booleans, about `fraction` of them true, with the mix of `strata`.
 
     groups: [N], rows of one group (one text, repeated) stay on one side, so the count can miss by a group's size.
@@ -49,8 +51,9 @@ def hold_out(groups: Sequence[int], strata: Sequence[int], fraction: float, seed
     wanted = shares(max(1, round(fraction * len(member))), rows)
     random = np.random.RandomState(seed)
     held = np.zeros(len(sizes), dtype=bool)
+    members = np.split(np.argsort(of_group, kind="stable"), np.cumsum(np.bincount(of_group))[:-1])  # of each class
     for index in range(len(classes)):
-        candidates = random.permutation(np.flatnonzero(of_group == index))[1:]
+        candidates = random.permutation(members[index])[1:]
         before = np.cumsum(sizes[candidates]) - sizes[candidates]  # rows held when each group's turn comes
         held[candidates[before < wanted[index]]] = True
     return held[member]

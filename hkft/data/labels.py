@@ -12,6 +12,7 @@ from hkft.errors import DataError, nearest
 from hkft.events import Listener, Notice
 
 MANY = 10  # more fractional values than this are a scale, not classes
+HIDDEN = -1.0  # where every label is this, there are none: so GLUE hides those of its test sets
 _ABSENT = {"na", "n/a", "nan", "null", "none", "?", "-"}  # what other tools write for "no value"
 
 
@@ -29,7 +30,7 @@ def class_texts(cells: Sequence[Any], feature: Any, where: str) -> list[str | No
     numbers = [None if text is None else _number(text) for text in texts]
     if any(number is None and text is not None for number, text in zip(numbers, texts, strict=True)):
         return texts
-    if _hidden(numbers):
+    if set(numbers) == {HIDDEN}:
         return [None] * len(texts)
     return [None if number is None else _plain(number) for number in numbers]
 
@@ -60,10 +61,17 @@ def class_names(texts: Sequence[str | None], feature: Any, where: str) -> tuple[
     return names
 
 
-def tell_absent(texts: Sequence[str | None], names: Sequence[str], where: str, tell: Listener) -> None:
-    """Say which classes are spelled as other tools spell a missing label: hkft takes them at their word."""
+def tell_absent(
+    texts: Sequence[str | None], counts: Sequence[int], names: Sequence[str], where: str, tell: Listener
+) -> None:
+    """Say which classes are spelled as other tools spell a missing label: hkft takes them at their word.
+
+    counts: the rows of each text.
+    """
     for name in names:
-        if name.casefold() in _ABSENT and (rows := sum(text == name for text in texts)):
+        if name.casefold() not in _ABSENT:
+            continue
+        if rows := sum(count for text, count in zip(texts, counts, strict=True) if text == name):
             counted = f"{rows:,} row{'s' * (rows != 1)}"
             tell(Notice(f"{where}: {name!r} is a class of {counted}; leave the cell empty where there is no label"))
 
@@ -116,17 +124,12 @@ def numbers(cells: Sequence[Any], ids: Sequence[int], where: str) -> list[float 
                 hint=None if _is_number(cell) else "labels that are names go with `task: classification`",
             )
         found.append(number)
-    return [None] * len(found) if _hidden(found) else found
+    return found
 
 
 def _missing(cell: Any) -> bool:
     """Whether there is no label: null, NaN, blank."""
     return cell is None or (isinstance(cell, float) and math.isnan(cell)) or not str(cell).strip()
-
-
-def _hidden(values: Sequence[float | None]) -> bool:
-    """Whether every label is -1: so GLUE hides those of its test sets."""
-    return set(values) == {-1.0}
 
 
 def _number(text: str) -> float | None:

@@ -43,8 +43,9 @@ def near_duplicates(
     copies.
     """
     assert 0 < least <= 1, least
-    columns, rows = _drawn(len(train), most_rows, seed), _drawn(len(validation), most_rows, seed)
-    train_texts, texts = [_plain(train[i]) for i in columns], [_plain(validation[i]) for i in rows]
+    columns, rows = ([int(i) for i in drawn(len(side), most_rows, seed)] for side in (train, validation))
+    train_texts = [_plain(train[i]) for i in columns]
+    texts = [_plain(validation[i]) for i in rows]
     first: dict[str, int] = {}
     for position, text in enumerate(train_texts):
         first.setdefault(text, position)
@@ -59,8 +60,9 @@ def near_duplicates(
     return sorted(found, key=lambda near: (-near.similarity, near.validation)), len(rows)
 
 
-def _drawn(count: int, most: int, seed: int) -> Sequence[int]:
-    return range(count) if count <= most else [int(i) for i in draw(count, most, seed)]
+def drawn(count: int, most: int, seed: int) -> np.ndarray:
+    """The numbers of the texts that are compared, of `count`."""
+    return np.arange(count) if count <= most else draw(count, most, seed)
 
 
 def _plain(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,8 +13,8 @@ BINS = 20  # of a regression target: twentieths of the validation set, by label
 
 
 def probe_indices(
-    train_labels: Sequence[float],
-    validation_labels: Sequence[float],
+    train_labels: Sequence[float] | np.ndarray,
+    validation_labels: Sequence[float] | np.ndarray,
     size: int | None,
     seed: int,
     task: str,
@@ -34,15 +35,20 @@ def probe_indices(
     wanted = min(len(train), len(validation), size or len(validation))
     classes, counts = np.unique(validation, return_counts=True)
     random = np.random.RandomState(seed)
+    order = np.argsort(train, kind="stable")  # rows of one class together, in their order
+    first, last = (np.searchsorted(train[order], classes, side=side) for side in ("left", "right"))
     chosen = [
-        random.permutation(np.flatnonzero(train == name))[:part]
-        for name, part in zip(classes, shares(wanted, counts), strict=True)
+        random.permutation(order[start:end])[:part]
+        for start, end, part in zip(first, last, shares(wanted, counts), strict=True)
     ]
     return sorted(int(index) for index in np.concatenate(chosen))
 
 
 def probe_of_prompts(
-    train_groups: Sequence[int], validation_groups: Sequence[int], size: int | None, seed: int
+    train_groups: Sequence[int] | np.ndarray,
+    validation_groups: Sequence[int] | np.ndarray,
+    size: int | None,
+    seed: int,
 ) -> list[int]:
     """Indices into the training rows of generation, sorted: whole prompts, with every completion they have.
 
@@ -57,9 +63,14 @@ def probe_of_prompts(
     random = np.random.RandomState(seed)
     left = {count: random.permutation(np.flatnonzero(counts == count)).tolist() for count in np.unique(counts).tolist()}
     chosen = []
+    at = sorted(left)  # counts of which a prompt is left
     for target in wanted[((np.arange(prompts) + 0.5) * len(wanted) / prompts).astype(int)].tolist():  # evenly spread
-        apart = {abs(count - target): count for count, those in left.items() if those}
-        chosen.append(left[apart[min(apart)]].pop())
+        place = bisect_left(at, target)
+        near = at[max(place - 1, 0) : place + 1]
+        count = min(near, key=lambda count: (abs(count - target), -count))
+        chosen.append(left[count].pop())
+        if not left[count]:
+            at.remove(count)
     return [int(row) for row in np.flatnonzero(np.isin(member, chosen))]
 
 

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import datasets
+import numpy as np
+import pyarrow as pa
+from datasets.table import InMemoryTable
 
-from hkft.data.labels import class_indices, class_names, class_texts, numbers, tell_absent
+from hkft.data.labels import HIDDEN, class_indices, class_names, class_texts, numbers, tell_absent
 from hkft.data.prompts import PromptSection, columns_of
-from hkft.data.sources import cells_of, read
+from hkft.data.sources import NAMELESS, batches_of, cells_of, picked, pieces_of, read
 from hkft.errors import DataError, Problem, nearest
 from hkft.events import Listener, Notice
 from hkft.recipe.template import template
@@ -48,6 +51,8 @@ class DataRecipe(Protocol):
     @property
     def seed(self) -> int: ...
 
+
+Columns = dict[str, Any]  # of Arrow's, which are in pieces
 
 _LACKING = {"text": "without text", "text_pair": "without text", "messages": "without a prompt"}
 
@@ -90,19 +95,18 @@ def canonical(
     needed = columns_read(recipe, labelled)
     check_columns(source, dict.fromkeys(data.filter or {}, "data.filter") | needed, reference)
     ids = _filtered(source, data.filter or {}, reference)
-    chosen = source if len(ids) == len(source) else source.select(ids)
     names = tuple(labels) if labels is not None else None
-    return _canonical(chosen, ids, recipe, names, reference, tell, labelled)
+    return _canonical(picked(source, ids), ids, recipe, names, reference, tell, labelled)
 
 
 def canonical_of(source: datasets.Dataset, recipe: DataRecipe, reference: str, tell: Listener) -> datasets.Dataset:
     """As `rows` without labels, of rows at hand, without the recipe's filter; none may be left."""
-    return _canonical(source, list(range(len(source))), recipe, None, reference, tell, False).rows
+    return _canonical(source, np.arange(len(source)), recipe, None, reference, tell, False).rows
 
 
 def _canonical(
     chosen: datasets.Dataset,
-    ids: list[int],
+    ids: np.ndarray,
     recipe: DataRecipe,
     names: tuple[str, ...] | None,
     reference: str,
@@ -110,9 +114,9 @@ def _canonical(
     labelled: bool,
 ) -> Rows:
     data = recipe.data
-    columns: dict[str, list[Any]] = {"id": ids}
+    columns: Columns = {"id": pa.chunked_array([ids])}
     if recipe.task == "generation":
-        columns |= columns_of(chosen, data, labelled, reference, ids)
+        columns |= _prompts(chosen, recipe, labelled, reference, ids)
         return Rows(_complete(columns, recipe.task, reference, tell, labelled), None)
     for name, column in zip(("text", "text_pair"), _texts_named(data), strict=False):
         columns[name] = _texts(chosen, column, reference)
@@ -161,24 +165,31 @@ def check_columns(source: datasets.Dataset, wanted: Mapping[str, str], reference
         raise DataError(problems=problems)
 
 
-def _filtered(source: datasets.Dataset, wanted: Mapping[str, Any], reference: str) -> list[int]:
+def _filtered(source: datasets.Dataset, wanted: Mapping[str, Any], reference: str) -> np.ndarray:
     """The numbers of the rows that the filter keeps: in every column the value, or one of the values, it names."""
-    ids = list(range(len(source)))
+    kept = np.ones(len(source), bool)
     for column, value in wanted.items():
-        cells, feature = cells_of(source, column), source.features[column]
-        if isinstance(feature, datasets.ClassLabel):
-            cells = [None if cell is None or cell < 0 else feature.names[cell] for cell in cells]
         allowed = {_spelled(item) for item in (value if isinstance(value, list | tuple) else [value])}
-        ids = [row for row in ids if _spelled(cells[row]) in allowed]
-        if not ids:
-            values = list(dict.fromkeys(_spelled(cell) for cell in cells))
+        spelled = (_spelled(cell) for piece in pieces_of(source, column) for cell in _named_cells(piece, column))
+        kept &= np.fromiter((cell in allowed for cell in spelled), bool, len(source))
+        if not kept.any():
+            cells = (cell for piece in pieces_of(source, column) for cell in _named_cells(piece, column))
+            values = list(dict.fromkeys(map(_spelled, cells)))
             raise DataError(
                 f"no row is left after the filter {column}: {value}",
                 where=reference,
                 found=", ".join(values[:10]) + (", ..." if len(values) > 10 else ""),
                 hint=nearest(str(value), values),
             )
-    return ids
+    return np.flatnonzero(kept)
+
+
+def _named_cells(piece: datasets.Dataset, column: str) -> list[Any]:
+    """The cells, with the names of classes for their numbers."""
+    cells, feature = cells_of(piece, column), piece.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return [None if cell is None or cell < 0 else feature.names[cell] for cell in cells]
+    return cells
 
 
 def _spelled(value: Any) -> str:
@@ -192,12 +203,29 @@ def _spelled(value: Any) -> str:
     return str(value)
 
 
-def _texts(source: datasets.Dataset, column: str, reference: str) -> list[str | None]:
-    """The cells as text, None where blank."""
-    cells = cells_of(source, column)
-    if nested := [cell for cell in cells if isinstance(cell, list | dict | bytes)]:
-        raise DataError(f"column {column!r} holds no text", where=reference, found=repr(nested[0])[:80])
-    return [None if cell is None or not str(cell).strip() else str(cell) for cell in cells]
+def _texts(source: datasets.Dataset, column: str, reference: str) -> pa.ChunkedArray:
+    """The cells as text, None where blank. Those that are text already stay where they are, in memory or on disk."""
+    chunks: list[pa.Array] = []
+    for table in batches_of(source, column):
+        cells = table.column(0).to_pylist()
+        if nested := [cell for cell in cells if isinstance(cell, list | dict | bytes)]:
+            raise DataError(f"column {column!r} holds no text", where=reference, found=repr(nested[0])[:80])
+        texts = [None if cell is None or not str(cell).strip() else str(cell) for cell in cells]
+        same = pa.types.is_string(table.column(0).type) and texts == cells
+        chunks += table.column(0).chunks if same else [pa.array(texts, pa.string())]
+    return pa.chunked_array(chunks, pa.string())
+
+
+def _prompts(source: datasets.Dataset, recipe: DataRecipe, labelled: bool, reference: str, ids: np.ndarray) -> Columns:
+    """The columns of generation."""
+    chunks: dict[str, list[pa.Array]] = {}
+    done = 0
+    for piece in pieces_of(source, *columns_read(recipe, labelled)):
+        numbers = ids[done : done + len(piece)].tolist()
+        for name, cells in columns_of(piece, recipe.data, labelled, reference, numbers).items():
+            chunks.setdefault(name, []).append(pa.array(cells, pa.string()))
+        done += len(piece)
+    return {name: pa.chunked_array(found) for name, found in chunks.items()}
 
 
 def _labels(
@@ -205,49 +233,95 @@ def _labels(
     column: str,
     task: str,
     names: tuple[str, ...] | None,
-    ids: list[int],
+    ids: np.ndarray,
     reference: str,
     tell: Listener,
-) -> tuple[list[Any], tuple[str, ...] | None]:
-    cells, feature, where = cells_of(source, column), source.features[column], f"{reference}: {column}"
-    values: list[Any]
+) -> tuple[pa.ChunkedArray, tuple[str, ...] | None]:
+    where = f"{reference}: {column}"
     if task == "regression":
-        values, names = numbers(cells, ids, where), None
+        values, names = _targets(source, column, ids, where), None
     else:
-        values = class_texts(cells, feature, where)
-    if all(value is None for value in values):
-        raise DataError(
-            "no row has a label",
-            where=where,
-            hint="some test sets hide theirs: they can be predicted on, not trained or evaluated on",
-        )
-    if task == "classification":
-        if names is None:
-            names = class_names(values, feature, where)
-            if not isinstance(feature, datasets.ClassLabel):  # whoever declared its names meant them
-                tell_absent(values, names, where, tell)
-        values = class_indices(values, feature, names, ids, where, tell)
-    return values, names
+        values, names = _classes(source, column, names, ids, where, tell)
+    return pa.chunked_array([values]), names
 
 
-def _complete(
-    columns: dict[str, list[Any]], task: str, reference: str, tell: Listener, labelled: bool
-) -> datasets.Dataset:
+def _targets(source: datasets.Dataset, column: str, ids: np.ndarray, where: str) -> pa.Array:
+    """Regression targets, null where there is none."""
+    parts, done = [], 0
+    for piece in pieces_of(source, column):
+        cells = cells_of(piece, column)
+        parts.append(pa.array(numbers(cells, ids[done : done + len(cells)].tolist(), where), pa.float64()))
+        done += len(cells)
+    values = pa.concat_arrays(parts) if parts else pa.array([], pa.float64())
+    if not values.null_count and (values.to_numpy() == HIDDEN).all():
+        values = pa.nulls(len(values), pa.float64())
+    if values.null_count == len(values):
+        raise _no_label(where)
+    return values
+
+
+def _classes(
+    source: datasets.Dataset, column: str, names: tuple[str, ...] | None, ids: np.ndarray, where: str, tell: Listener
+) -> tuple[pa.Array, tuple[str, ...]]:
+    """Each row's place among the classes, null where there is none, and the names of the classes.
+
+    Everything about labels is asked of the different ones, in the order of their first rows.
+    """
+    feature = source.features[column]
+    cells, place = _different(source, column)
+    texts = class_texts(cells, feature, where)
+    if all(text is None for text in texts):
+        raise _no_label(where)
+    if names is None:
+        names = class_names(texts, feature, where)
+        if not isinstance(feature, datasets.ClassLabel):  # whoever declared its names meant them
+            tell_absent(texts, np.bincount(place, minlength=len(texts)).tolist(), names, where, tell)
+    firsts = np.unique(place, return_index=True)[1]
+    indices = class_indices(texts, feature, names, ids[firsts].tolist(), where, tell)
+    return pa.array(indices, pa.int64()).take(pa.array(place)), names
+
+
+def _different(source: datasets.Dataset, column: str) -> tuple[list[Any], np.ndarray]:
+    """The different cells of a column, in the order of their first rows, and [N], the place of each row's among them."""
+    places: dict[tuple[str, Any], int] = {}
+    found: list[Any] = []
+    rows = np.empty(len(source), np.int64)
+    done = 0
+    for piece in pieces_of(source, column):
+        for cell in cells_of(piece, column):
+            sign = (type(cell).__name__, repr(cell) if isinstance(cell, float | list | dict) else cell)
+            place = places.setdefault(sign, len(places))
+            if place == len(found):
+                found.append(cell)
+            rows[done] = place
+            done += 1
+    return found, rows
+
+
+def _no_label(where: str) -> DataError:
+    return DataError(
+        "no row has a label",
+        where=where,
+        hint="some test sets hide theirs: they can be predicted on, not trained or evaluated on",
+    )
+
+
+def _complete(columns: Columns, task: str, reference: str, tell: Listener, labelled: bool) -> datasets.Dataset:
     """The rows without a gap in them, the others counted aloud."""
     total = len(columns["id"])
-    gaps: dict[int, str] = {}  # row -> what it lacks, the first that it does
+    lacking = np.zeros(total, bool)
+    reasons: Counter[str] = Counter()  # a row counts where it lacks something first
     for name, cells in columns.items():
-        reason = _LACKING.get(name, f"without a {name}")
-        gaps |= {row: reason for row, cell in enumerate(cells) if cell is None and row not in gaps}
-    if gaps:
-        reasons = Counter(gaps.values())
+        fresh = (np.asarray(cells.is_null()) if cells.null_count else np.zeros(total, bool)) & ~lacking
+        if fresh.any():
+            reasons[_LACKING.get(name, f"without a {name}")] += int(fresh.sum())
+            lacking |= fresh
+    if reasons:
+        count = int(lacking.sum())
         counted = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items(), reverse=True))
-        if len(gaps) == total and labelled:
+        if count == total and labelled:
             raise DataError("no row is whole", where=reference, found=f"{counted} of {total:,}")
-        told = f"{len(gaps):,} of {total:,} rows left out ({counted})" if labelled else f"{counted}: not predicted"
+        told = f"{count:,} of {total:,} rows left out ({counted})" if labelled else f"{counted}: not predicted"
         tell(Notice(f"{reference}: {told}", level="warning"))
-        columns = {name: [v for row, v in enumerate(cells) if row not in gaps] for name, cells in columns.items()}
-    label = datasets.Value("float64" if task == "regression" else "int64")
-    kinds = {"id": datasets.Value("int64"), "label": label}
-    features = datasets.Features({name: kinds.get(name, datasets.Value("string")) for name in columns})
-    return datasets.Dataset.from_dict(columns, features=features)
+    table = InMemoryTable(pa.table(columns))
+    return picked(datasets.Dataset(table, fingerprint=NAMELESS), np.flatnonzero(~lacking))

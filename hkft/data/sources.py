@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow as pa
+from datasets.arrow_writer import ArrowWriter
+from datasets.table import InMemoryTable
 
-from hkft.data.files import read_file
+from hkft.data import cache
+from hkft.data.files import kind_of, read_file
 from hkft.data.hub import read_hub
 from hkft.data.quiet import quiet
 from hkft.data.references import locate, package_path
 from hkft.errors import DataError
 from hkft.events import Listener, Stage
 
-__all__ = ["cells_of", "in_memory", "locate", "package_path", "read"]
+__all__ = ["batches_of", "cells_of", "column_of", "locate", "package_path", "picked", "read"]
 
-Encode = Callable[[Mapping[str, list[Any]]], dict[str, Any]]
+BATCH = 10_000
+LARGE = 2**25  # bytes of a file: below, reading it costs about what looking it up in the cache does
+NAMELESS = "hkft"  # datasets' own name of the content: to make one up, it would read all of it
 
 
 def read(reference: str, tell: Listener) -> datasets.Dataset:
     """All rows of `hub:<dataset>[/<config>]#<split>`, of `package:<python package>/<path>`, or of a local file.
 
-    Local files are read into memory, hub datasets through datasets' own cache. Raises UsageError for a malformed
+    Small local files are read into memory. Large ones, by their content, are read once into the cache, a piece at a time,
+    and memory-mapped from there. Hub datasets come through datasets' own cache. Raises UsageError for a malformed
     reference, SetupError for a missing package or an unreachable hub, DataError for everything about the data itself.
     """
     quiet()
@@ -30,28 +41,72 @@ def read(reference: str, tell: Listener) -> datasets.Dataset:
     path = locate(reference)
     if path is None:
         return read_hub(reference)
-    table = read_file(path)
+    kind = kind_of(path)
+
+    def make(file: Path | None) -> datasets.Dataset:
+        tables = read_file(path)
+        try:
+            return _in_memory(tables) if file is None else _written(tables, file)
+        except (ValueError, NotImplementedError, TypeError) as error:
+            found = str(error).splitlines()[0]
+            raise DataError("a column has a type that datasets cannot hold", where=str(path), found=found) from None
+
+    if path.stat().st_size <= LARGE:
+        return make(None)
+    return cache.kept(cache.key(source=_checksum(path), ending=kind, pyarrow=pa.__version__), make, tell)
+
+
+def _in_memory(tables: Iterator[pa.Table]) -> datasets.Dataset:
+    return datasets.Dataset(InMemoryTable(pa.concat_tables(tables)), fingerprint=NAMELESS)
+
+
+def _written(tables: Iterator[pa.Table], file: Path) -> datasets.Dataset:
+    first = next(tables)
+    features = datasets.Features.from_arrow_schema(first.schema)
+    with ArrowWriter(path=str(file), features=features) as writer:
+        for table in chain([first], tables):
+            writer.write_table(table)
+        writer.finalize()
+    return datasets.Dataset.from_file(str(file))
+
+
+def _checksum(path: Path) -> str:
     try:
-        return datasets.Dataset(table)
-    except (ValueError, NotImplementedError, TypeError) as error:
-        found = str(error).splitlines()[0]
-        raise DataError("a column has a type that datasets cannot hold", where=str(path), found=found) from None
-
-
-def in_memory(rows: datasets.Dataset, encode: Encode, features: datasets.Features, batch_size: int) -> datasets.Dataset:
-    """What `encode` makes of batches of the rows, with the columns of `features` alone, and no file of it on disk."""
-    return rows.map(
-        encode,
-        batched=True,
-        batch_size=batch_size,
-        remove_columns=rows.column_names,
-        features=features,
-        keep_in_memory=True,
-        load_from_cache_file=False,
-        new_fingerprint="tokenised",  # else datasets pickles the tokenizer to name a cache file that is never written
-    )
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError("the file cannot be read", where=str(path), found=error.strerror) from None
 
 
 def cells_of(source: datasets.Dataset, column: str) -> list[Any]:
     """One column as Python values, without decoding the others."""
     return source.select_columns([column])[:][column]
+
+
+def batches_of(source: datasets.Dataset, *columns: str) -> Iterator[pa.Table]:
+    """The rows of some columns, BATCH at a time: what is made of them is all that is held."""
+    yield from source.select_columns([*columns]).with_format("arrow").iter(BATCH)
+
+
+def pieces_of(source: datasets.Dataset, *columns: str) -> Iterator[datasets.Dataset]:
+    """As `batches_of`, as datasets with the source's features."""
+    info = datasets.DatasetInfo(features=datasets.Features({name: source.features[name] for name in columns}))
+    for table in batches_of(source, *columns):
+        yield datasets.Dataset(InMemoryTable(table), info=info, fingerprint=NAMELESS)
+
+
+def column_of(source: datasets.Dataset, column: str) -> np.ndarray:
+    """A column of numbers or truth values without gaps, [N]."""
+    parts = [table.column(0).to_numpy() for table in batches_of(source, column)]
+    return np.concatenate(parts) if parts else np.array([])
+
+
+def picked(source: datasets.Dataset, rows: np.ndarray) -> datasets.Dataset:
+    """Some rows, in the order of their numbers `rows`. As `Dataset.select`, which holds a Python object for each."""
+    if len(rows) == len(source) and (np.diff(rows) == 1).all():
+        return source
+    numbers = pa.array(rows, pa.uint64())
+    if source._indices is not None:
+        numbers = source._indices.column(0).take(numbers)
+    table = InMemoryTable(pa.table({"indices": numbers}))
+    return datasets.Dataset(source.data, info=source.info, indices_table=table, fingerprint=NAMELESS)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from xxhash import xxh3_128_digest
 
 from hkft.data.holdout import draw, draw_groups, hold_out
 from hkft.data.rows import DataRecipe, Rows, canonical, rows
-from hkft.data.sources import cells_of
+from hkft.data.sources import batches_of, column_of, picked
 from hkft.errors import DataError, SetupError, UsageError
 from hkft.events import Listener, Notice
 
@@ -89,9 +92,21 @@ def fingerprint(split: datasets.Dataset) -> str:
     """sha256, in hexadecimal, of the rows: one line of JSON each, with the columns in the order of their names."""
     digest = hashlib.sha256()
     names = sorted(split.column_names)
-    for row in zip(*(cells_of(split, name) for name in names), strict=True):
-        digest.update(json.dumps(dict(zip(names, row, strict=True))).encode() + b"\n")
+    form = "{" + ", ".join(f"{json.dumps(name)}: %s" for name in names) + "}\n"
+    for table in batches_of(split, *names):
+        lines = map(form.__mod__, zip(*(_as_json(table.column(name)) for name in names), strict=True))
+        digest.update("".join(lines).encode())
     return digest.hexdigest()
+
+
+def _as_json(cells: pa.ChunkedArray) -> Iterator[str]:
+    """Each cell as `json.dumps` writes it: that itself takes twice the time of all else that is done to a row."""
+    plain = cells.null_count == 0
+    if plain and pa.types.is_string(cells.type):
+        return map(json.encoder.encode_basestring_ascii, cells.to_pylist())
+    if plain and pa.types.is_integer(cells.type):
+        return map(int.__repr__, cells.to_pylist())
+    return map(json.dumps, cells.to_pylist())
 
 
 def _read(name: str, recipe: DataRecipe, labels: tuple[str, ...] | None, tell: Listener) -> Rows:
@@ -132,7 +147,7 @@ def _check_labels(
     tell: Listener,
 ) -> None:
     """Raise DataError where the training rows that are left have one label; say which of theirs validation lacks."""
-    seen = set(cells_of(train, "label"))
+    seen = _labels(train)
     if len(seen) < 2:
         one = seen.pop() if names is None else names[seen.pop()]
         rows = f"{len(train):,} row{'s' * (len(train) != 1)}"
@@ -143,33 +158,41 @@ def _check_labels(
             hint="data.train_rows leaves too few" if recipe.data.train_rows else None,
         )
     if names is not None and validation is not None:
-        lacking = [names[index] for index in sorted(seen - set(cells_of(validation, "label")))]
+        lacking = [names[index] for index in sorted(seen - _labels(validation))]
         if lacking:
             tell(Notice(f"no validation row is of class {', '.join(lacking)}", level="warning"))
 
 
-def keys(split: datasets.Dataset) -> list[tuple[str, ...]]:
-    """What makes two rows the same example: their text or their prompt, letter case and white space aside."""
-    columns = [cells_of(split, name) for name in ("text", "text_pair", "prompt") if name in split.column_names]
-    return [tuple(" ".join(text.casefold().split()) for text in texts) for texts in zip(*columns, strict=True)]
+def _labels(split: datasets.Dataset) -> set[Any]:
+    return set(np.unique(column_of(split, "label")).tolist())
 
 
-def numbered(keys: Sequence[tuple[str, ...]]) -> list[int]:
-    """Each key's number, in the order of their first appearance: equal keys are one group."""
-    numbers: dict[tuple[str, ...], int] = {}
-    return [numbers.setdefault(key, len(numbers)) for key in keys]
+def groups_of(split: datasets.Dataset) -> np.ndarray:
+    """[N], the number of each row's text or prompt, in the order of their first appearance: the same is one group."""
+    return _digests(split).dictionary_encode().indices.to_numpy().astype(np.int64)
+
+
+def _digests(split: datasets.Dataset) -> pa.Array:
+    """16 bytes for each row that are the same where the example is: its text or its prompt, case and white space aside."""
+    columns = [name for name in ("text", "text_pair", "prompt") if name in split.column_names]
+    found: list[pa.Array] = []
+    for table in batches_of(split, *columns):
+        rows = zip(*(table.column(name).to_pylist() for name in columns), strict=True)
+        plain = ("\n".join(" ".join(text.casefold().split()) for text in texts) for texts in rows)
+        found.append(pa.array([xxh3_128_digest(text.encode()) for text in plain], pa.binary(16)))
+    return pa.concat_arrays(found) if found else pa.array([], pa.binary(16))
 
 
 def _part(
     rows: datasets.Dataset, fraction: float, recipe: DataRecipe, seed: int, name: str
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Training rows without a part of them, and that part, called `name`."""
-    groups = numbered(keys(rows))
-    strata = cells_of(rows, "label") if recipe.task == "classification" else [0] * len(groups)
+    groups = groups_of(rows)
+    strata = column_of(rows, "label") if recipe.task == "classification" else np.zeros(len(groups), np.int64)
     held = hold_out(groups, strata, fraction, seed)
     if not held.any():
-        classes = len(set(strata))
-        found = f"{len(groups):,} rows, {len(set(groups)):,} different"
+        classes = len(np.unique(strata))
+        found = f"{len(groups):,} rows, {len(np.unique(groups)):,} different"
         raise DataError(
             f"too few different {'prompts' if recipe.task == 'generation' else 'texts of each class'} "
             f"to draw a {name} set from",
@@ -177,7 +200,7 @@ def _part(
             found=f"{found}, {classes:,} classes" if recipe.task == "classification" else found,
             hint=f"is {recipe.data.label!r} the column of the labels?" if 2 * classes > len(groups) > 2 else None,
         )
-    return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
+    return picked(rows, np.flatnonzero(~held)), picked(rows, np.flatnonzero(held))
 
 
 def _limited(split: datasets.Dataset, wanted: int | None, seed: int, name: str, tell: Listener) -> datasets.Dataset:
@@ -188,13 +211,13 @@ def _limited(split: datasets.Dataset, wanted: int | None, seed: int, name: str, 
     if wanted >= len(split):
         return split
     if "prompt" in split.column_names:
-        return split.select(draw_groups(numbered(keys(split)), wanted, seed))
-    return split.select(draw(len(split), wanted, seed))
+        return picked(split, draw_groups(groups_of(split), wanted, seed))
+    return picked(split, draw(len(split), wanted, seed))
 
 
 def _duplicates(train: datasets.Dataset, validation: datasets.Dataset, tell: Listener) -> int:
-    seen = set(keys(train))
-    count = sum(key in seen for key in keys(validation))
+    among = pc.SetLookupOptions(value_set=_digests(train))
+    count = int(np.count_nonzero(pc.call_function("is_in", [_digests(validation)], among)))
     if count:
         share = f"{count:,} of {len(validation):,} validation rows ({count / len(validation):.1%})"
         what = "have a prompt that is in train too" if "prompt" in train.column_names else "are in train too"

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from transformers import DataCollatorWithFlattening, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from hkft.data.completions import BATCH, IGNORED, MUCH, examples_of
+from hkft.data.completions import IGNORED, MUCH, examples_of
+from hkft.data.encoding import encoded, key_of
 from hkft.data.quiet import quiet
-from hkft.data.sources import in_memory
+from hkft.data.sources import cells_of, column_of
 from hkft.errors import SetupError, UsageError
-from hkft.events import Listener, Notice, Stage
+from hkft.events import Listener, Notice
 
 NOT_FOR_THE_MODEL = ("id", "length", "prompt_length", "prompt", "completion")
 
@@ -32,45 +34,38 @@ def tokenise(
     max_length: int,
     tell: Listener,
     name: str = "rows",
+    content: str | None = None,
 ) -> datasets.Dataset:
-    """The rows as examples, in memory and in their order: no padding, at most `max_length` tokens.
+    """The rows as examples in their order: no padding, at most `max_length` tokens.
 
     Columns: `input_ids`, `attention_mask` and, where the tokenizer has them, `token_type_ids`; `labels` where the rows
     have a `label`; `id`; `length` in tokens; for generation see `completions`. Rows that are cut are counted aloud under
-    `name`. A tokenizer without a padding token is given its end-of-sequence token. Raises SetupError where it has
-    neither, UsageError where `max_length` leaves no room for text.
+    `name`. content: the rows' fingerprint, see `splits`; with it the examples are memory-mapped from the cache, where the
+    same are made once, and without it they are in memory. A tokenizer without a padding token is given its
+    end-of-sequence token. Raises SetupError where it has neither, UsageError where `max_length` leaves no room for text.
     """
     quiet()
     ensure_padding(tokenizer, tell)
-    paired = "text_pair" in rows.column_names
-    longest = _longest(tokenizer, max_length, paired, tell)
-    if "prompt" in rows.column_names:
-        return examples_of(rows, copy.deepcopy(tokenizer), longest, tell, name)
+    longest = _longest(tokenizer, max_length, "text_pair" in rows.column_names, tell)
     used = copy.deepcopy(tokenizer)  # a truncation stays in the tokenizer that made it, and would be saved with it
-    cut = done = 0
-
-    def encode(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
-        nonlocal cut, done
-        encoded, over = _encode(used, batch["text"], batch["text_pair"] if paired else None, longest)
-        cut += over
-        done += len(batch["id"])
-        tell(Stage(f"tokenising {name}", done, len(rows)))
-        kept = {"labels": batch["label"]} if "label" in batch else {}
-        return encoded | kept | {"id": batch["id"], "length": [len(ids) for ids in encoded["input_ids"]]}
-
-    examples = in_memory(rows, encode, _features(rows, tokenizer), BATCH)
+    if "prompt" in rows.column_names:
+        return examples_of(rows, used, longest, tell, name, content)
+    key = None if content is None else key_of(content, tokenizer, longest)
+    slow = not tokenizer.is_fast
+    examples = encoded(rows, _Encode(used, longest), _features(rows, tokenizer), tell, name, key=key, slow=slow)
+    cut = np.count_nonzero(column_of(examples, "cut"))
     if cut:
         share = f"{cut:,} of {len(rows):,} {name} ({cut / len(rows):.1%})"
         level = "warning" if cut > MUCH * len(rows) else "info"
         tell(Notice(f"{share} are longer than {longest} tokens and were cut: data.max_length", level=level))
-    return examples
+    return examples.remove_columns("cut")
 
 
 def texts_of(examples: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> list[str] | None:
     """What the model reads of each example, as text; None where the examples have their prompts."""
     if "prompt" in examples.column_names:
         return None
-    return tokenizer.batch_decode(list(examples["input_ids"]), skip_special_tokens=True)
+    return tokenizer.batch_decode(cells_of(examples, "input_ids"), skip_special_tokens=True)
 
 
 def ensure_padding(tokenizer: PreTrainedTokenizerBase, tell: Listener) -> None:
@@ -148,27 +143,38 @@ def _longest(tokenizer: PreTrainedTokenizerBase, max_length: int, paired: bool, 
     return min(max_length, tokenizer.model_max_length)
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], pairs: Sequence[str] | None, longest: int
-) -> tuple[dict[str, list[list[int]]], int]:
-    """The encoded texts, and how many were cut: only those are tokenised twice."""
-    encoded = dict(tokenizer(list(texts), None if pairs is None else list(pairs), truncation=False, verbose=False))
-    over = [row for row, ids in enumerate(encoded["input_ids"]) if len(ids) > longest]
-    if over:
-        again = tokenizer(
-            [texts[row] for row in over],
-            None if pairs is None else [pairs[row] for row in over],
-            truncation=True,
-            max_length=longest,
-        )
-        for name, column in encoded.items():
-            for row, cells in zip(over, again[name], strict=True):
-                column[row] = cells
-    return {name: encoded[name] for name in encoded if name in _KINDS}, len(over)
+@dataclass(frozen=True)
+class _Encode:
+    """A batch of rows -> columns of examples, with `cut`: which of them were. Only those are tokenised twice."""
+
+    tokenizer: PreTrainedTokenizerBase
+    longest: int
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, Any]:
+        texts, pairs = batch["text"], batch.get("text_pair")
+        columns = dict(self.tokenizer(texts, pairs, truncation=False, verbose=False))
+        over = [row for row, ids in enumerate(columns["input_ids"]) if len(ids) > self.longest]
+        if over:
+            again = self.tokenizer(
+                [texts[row] for row in over],
+                None if pairs is None else [pairs[row] for row in over],
+                truncation=True,
+                max_length=self.longest,
+            )
+            for name, column in columns.items():
+                for row, cells in zip(over, again[name], strict=True):
+                    column[row] = cells
+        found = {name: columns[name] for name in columns if name in _KINDS}
+        if "label" in batch:
+            found["labels"] = batch["label"]
+        cut = np.zeros(len(texts), bool)
+        cut[over] = True
+        return found | {"id": batch["id"], "length": [len(ids) for ids in found["input_ids"]], "cut": cut}
 
 
 def _features(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> datasets.Features:
     features: dict[str, Any] = {name: kind for name, kind in _KINDS.items() if name in tokenizer.model_input_names}
     if "label" in rows.column_names:
         features["labels"] = rows.features["label"]
-    return datasets.Features({**features, "id": datasets.Value("int64"), "length": datasets.Value("int64")})
+    counts = dict.fromkeys(("id", "length"), datasets.Value("int64"))
+    return datasets.Features({**features, **counts, "cut": datasets.Value("bool")})

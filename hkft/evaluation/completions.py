@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from hkft.data.sources import cells_of, column_of
 from hkft.diagnostics.uncertainty import Losses
 from hkft.evaluation.predict import Collate, longest_first, looking, on_device
 from hkft.events import Listener, silent
@@ -101,14 +102,14 @@ def look(
     sums = torch.zeros(3, len(examples), dtype=torch.float64)
     with looking(model, precision):
         vocabulary = Vocabulary(model)
-        for rows in longest_first(examples["length"], batch_size, tell, text):
+        for rows in longest_first(column_of(examples, "length"), batch_size, tell, text):
             batch = on_device(model, collate([examples[row] for row in rows]))
             sums[:, rows] = _sums(model, vocabulary, batch).cpu().double()
     losses, tokens, hits = sums.numpy()
     return Completions(
-        list(examples["id"]),
-        list(examples["prompt"]),
-        list(examples["completion"]),
+        cells_of(examples, "id"),
+        cells_of(examples, "prompt"),
+        cells_of(examples, "completion"),
         losses,
         tokens.astype(np.int64),
         hits.astype(np.int64),

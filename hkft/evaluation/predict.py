@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from hkft.data.sources import column_of
 from hkft.diagnostics.uncertainty import Losses
 from hkft.dropout.modes import evaluating
 from hkft.evaluation.metrics import LOSSES, score
@@ -86,7 +87,9 @@ def looking(model: nn.Module, precision: torch.dtype | None = None) -> Iterator[
         yield
 
 
-def longest_first(lengths: Sequence[int], batch_size: int, tell: Listener, text: str) -> Iterator[list[int]]:
+def longest_first(
+    lengths: Sequence[int] | np.ndarray, batch_size: int, tell: Listener, text: str
+) -> Iterator[list[int]]:
     """Row numbers of each batch, of like length; tells how far it is once a batch is done with."""
     order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
     for start in range(0, len(order), batch_size):
@@ -118,12 +121,12 @@ def predict(
     """
     order, pieces = [], []
     with looking(model, precision):
-        for rows in longest_first(examples["length"], batch_size, tell, text):
+        for rows in longest_first(column_of(examples, "length"), batch_size, tell, text):
             batch = on_device(model, collate([examples[row] for row in rows]))
             batch.pop("labels", None)
             pieces.append(model(**batch).logits.float().cpu().numpy())
             order += rows
     logits = np.concatenate(pieces)[np.argsort(order)]
-    labels = np.asarray(examples["labels"]) if "labels" in examples.column_names else None
+    labels = column_of(examples, "labels") if "labels" in examples.column_names else None
     losses = None if labels is None else LOSSES[task](logits, labels)
-    return Predictions(task, list(examples["id"]), logits, labels, losses)
+    return Predictions(task, column_of(examples, "id").tolist(), logits, labels, losses)

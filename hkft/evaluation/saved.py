@@ -115,13 +115,14 @@ def examples_of(saved: Saved, split: str, tell: Listener = silent) -> Any:
     recipe = saved.recipe
     if split in splits.NAMES:
         drawn = splits.load(recipe, tell, (split,), saved.labels)
-        chosen = getattr(drawn, split)
+        chosen, content = getattr(drawn, split), drawn.fingerprints[split]
         trained_with = saved.folder and _fingerprint(saved.folder, split)
-        if trained_with and drawn.fingerprints[split] != trained_with:
+        if trained_with and content != trained_with:
             tell(Notice(f"these {split} rows are not those the run was trained with", "warning"))
     else:
         chosen = read_rows(split, recipe, saved.labels, tell)
-    return tokenise.tokenise(chosen, saved.tokenizer, recipe.data.max_length, tell, name=split)
+        content = splits.fingerprint(chosen)
+    return tokenise.tokenise(chosen, saved.tokenizer, recipe.data.max_length, tell, name=split, content=content)
 
 
 def evaluate(

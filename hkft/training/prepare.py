@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from hkft.data import probe, splits, tokenise
 from hkft.data.completions import IGNORED
-from hkft.data.near import near_duplicates
+from hkft.data.near import drawn, near_duplicates
+from hkft.data.sources import batches_of, column_of, picked
 from hkft.errors import DataError, RecipeError, nearest
 from hkft.evaluation.metrics import score
-from hkft.events import Listener, Notice, Sample, Stage
+from hkft.events import Event, Listener, Notice, Sample, Stage
 from hkft.folder import RunFolder
 from hkft.model import build
 from hkft.recipe import Recipe
@@ -42,18 +45,23 @@ class Material:
     near_duplicates: dict[str, Any] | None  # validation rows compared, and pairs; None in generation
 
     @property
-    def ids(self) -> dict[str, list[Any]]:
-        return {name: examples["id"][:] for name, examples in self.examples.items()}
+    def ids(self) -> dict[str, np.ndarray]:
+        """Of each set the numbers of its rows in their source, [N]."""
+        return {name: column_of(examples, "id") for name, examples in self.examples.items()}
 
 
 def prepare(recipe: Recipe, tell: Listener) -> Material:
     """Rows, split and tokenised, with the probe: as many training rows as there are validation rows, labels in the same mix."""
+    tell = _once(tell)
     tell(Stage("reading the data"))
     rows = splits.load(recipe, tell)
     assert rows.train is not None and rows.validation is not None
     tokenizer = build.tokenizer(recipe)
     encode = partial(tokenise.tokenise, tokenizer=tokenizer, max_length=recipe.data.max_length, tell=tell)
-    examples = {"train": encode(rows.train, name="train"), "validation": encode(rows.validation, name="validation")}
+    examples = {
+        name: encode(split, name=name, content=rows.fingerprints[name])
+        for name, split in (("train", rows.train), ("validation", rows.validation))
+    }
     if recipe.task == "generation":
         tell(sample(examples["train"], tokenizer))
     chosen = _probe(recipe, rows, examples)
@@ -62,7 +70,7 @@ def prepare(recipe: Recipe, tell: Listener) -> Material:
             "no training row has a label like those of validation, so the gap cannot be measured like for like",
             where="data.validation",
         )
-    examples["train_probe"] = examples["train"].select(chosen)
+    examples["train_probe"] = picked(examples["train"], np.array(chosen))
     wanted = min(recipe.diagnostics.probe_size or len(rows.validation), len(rows.validation))
     if len(rows.validation) < FEW:
         tell(
@@ -76,24 +84,39 @@ def prepare(recipe: Recipe, tell: Listener) -> Material:
     return Material(examples, rows.labels, rows.fingerprints, rows.duplicates, tokenizer, near)
 
 
+def _once(tell: Listener) -> Listener:
+    """A listener to whom no notice is told twice: a cache that cannot be written would be, for every set."""
+    said: set[Event] = set()
+
+    def heard(event: Event) -> None:
+        if not isinstance(event, Notice) or event not in said:
+            tell(event)
+        if isinstance(event, Notice):
+            said.add(event)
+
+    return heard
+
+
 def _near_duplicates(recipe: Recipe, rows: splits.Splits, tell: Listener) -> dict[str, Any] | None:
     """Validation rows that nearly stand in train. Of prompts much is alike by design, so that they are left alone."""
     if recipe.task == "generation":
         return None
     assert rows.train is not None and rows.validation is not None
     tell(Stage("looking for near-duplicates"))
-    train, validation = (_texts(split) for split in (rows.train, rows.validation))
-    letters = sum(map(len, train)) / len(train)
+    letters = sum(sum(map(len, part)) for part in _texts(rows.train)) / len(rows.train)
     most = int(min(max(LETTERS / max(letters, 1), 500), 20_000))
+    of_train, of_validation = (
+        picked(split, drawn(len(split), most, recipe.seed)) for split in (rows.train, rows.validation)
+    )
+    train, validation = (list(chain(*_texts(split))) for split in (of_train, of_validation))
     found, compared = near_duplicates(train, validation, most_rows=most, seed=recipe.seed)
     if fresh := [near for near in found if near.similarity < 1]:
         share = f"{len(fresh):,} of {compared:,} validation rows compared"
         tell(Notice(f"{share} nearly stand in train, for a word or a mark: report.html shows them", "warning"))
-    ids = (rows.validation["id"], rows.train["id"])
     pairs = [
         {
-            "validation_id": ids[0][near.validation],
-            "train_id": ids[1][near.train],
+            "validation_id": of_validation[near.validation]["id"],
+            "train_id": of_train[near.train]["id"],
             "similarity": near.similarity,
             "validation_text": validation[near.validation][:SHOWN],
             "train_text": train[near.train][:SHOWN],
@@ -103,9 +126,11 @@ def _near_duplicates(recipe: Recipe, rows: splits.Splits, tell: Listener) -> dic
     return {"compared": compared, "found": len(found), "pairs": pairs}
 
 
-def _texts(split: datasets.Dataset) -> list[str]:
-    columns = [splits.cells_of(split, name) for name in ("text", "text_pair") if name in split.column_names]
-    return [" / ".join(parts) for parts in zip(*columns, strict=True)]
+def _texts(split: datasets.Dataset) -> Iterator[list[str]]:
+    """What the rows say, both texts of a pair, some rows at a time."""
+    columns = [name for name in ("text", "text_pair") if name in split.column_names]
+    for table in batches_of(split, *columns):
+        yield [" / ".join(parts) for parts in zip(*(table.column(name).to_pylist() for name in columns), strict=True)]
 
 
 def sample(examples: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> Sample:
@@ -123,10 +148,11 @@ def sample(examples: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> Sa
 def _probe(recipe: Recipe, rows: splits.Splits, examples: dict[str, datasets.Dataset]) -> list[int]:
     size, seed = recipe.diagnostics.probe_size, recipe.seed
     if recipe.task == "generation":
-        train, validation = (splits.numbered(splits.keys(examples[name])) for name in ("train", "validation"))
+        train, validation = (splits.groups_of(examples[name]) for name in ("train", "validation"))
         return probe.probe_of_prompts(train, validation, size, seed)
     assert rows.train is not None and rows.validation is not None
-    return probe.probe_indices(rows.train["label"], rows.validation["label"], size, seed, recipe.task)
+    train, validation = (column_of(split, "label") for split in (rows.train, rows.validation))
+    return probe.probe_indices(train, validation, size, seed, recipe.task)
 
 
 def arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:

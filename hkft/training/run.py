@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import PrinterCallback, set_seed
 
 from hkft.data import tokenise
+from hkft.data.sources import cells_of
 from hkft.data.tokenise import texts_of
 from hkft.diagnostics.decomposition import Added
 from hkft.diagnostics.history import losses_of
@@ -231,7 +232,7 @@ def _prompts_written_for(recipe: Recipe, material: Material) -> int | None:
     wanted = recipe.diagnostics.generate
     if recipe.task != "generation" or wanted is None:
         return None
-    return min(wanted, *(len(set(material.examples[split]["prompt"])) for split in looks.SPLITS))
+    return min(wanted, *(len(set(cells_of(material.examples[split], "prompt"))) for split in looks.SPLITS))
 
 
 def _self_check(begun: Begun) -> dict[str, Any]:

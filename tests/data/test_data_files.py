@@ -11,8 +11,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hkft.data import delimited, files, sources
 from hkft.data.sources import read
 from hkft.errors import DataError
+
+
+@pytest.fixture(autouse=True, params=["small", "large"])
+def size(request, monkeypatch, tmp_path_factory) -> str:
+    """Every file is read twice: into memory at once, and as a large one is, in pieces and through the cache."""
+    if request.param == "large":
+        monkeypatch.setenv("HKFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        monkeypatch.setattr(sources, "LARGE", -1)
+        monkeypatch.setattr(files, "BLOCK", 3)
+        for module in (files, delimited):
+            monkeypatch.setattr(module, "BATCH", 1)
+    return request.param
 
 
 def cells(reference: str, tell) -> dict[str, list]:
@@ -170,3 +183,55 @@ def test_the_home_folder_is_known(write, tell, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     assert cells(str(Path("~") / "a.csv"), tell) == {"text": ["a"]}
+
+
+# --- large files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"a": 1}, {"a": 2.5}, {"a": None}],
+        [{"a": 1}, {"b": "x"}, {"a": 2, "c": [1]}],
+        [{"a": None}, {"a": None}],
+        [{"a": None}, {"a": [{"role": "b", "z": 1}]}, {"a": [{"content": "x", "role": "c"}]}],
+        [{"a": {"y": 1}}, {"a": {"x": "s", "y": 2.5}}],
+        [{"a": {"y": 1}}, {"a": {"y": "s"}}],
+        [{"a": [1]}, {"a": []}, {"a": [None, 2.5]}],
+        [{"a": 2**60 + 1}, {"a": 2.5}],
+        [{"a": 2**64}, {"a": 1}],
+        [{"a": True}, {"a": 1}],
+        [{"a": 1}, {"a": "1"}, {"b": "1"}],
+        [{"a": "x"}, {"a": [1]}],
+        [{"a": {}}, {"a": {"b": None}}],
+    ],
+)
+def test_columns_of_json_lines_have_the_kind_that_all_their_rows_have(write, tell, rows):
+    path = write("a.jsonl", "\n".join(map(json.dumps, rows)))
+    whole = files._json_of_rows(rows, path)
+    got = read(path, tell)
+    assert got.to_dict() == whole.to_pydict()
+    assert got.column_names == whole.column_names
+    assert [str(feature) for feature in got.features.values()] == [
+        str(feature) for feature in datasets.Features.from_arrow_schema(whole.schema).values()
+    ]
+
+
+def test_a_large_file_is_read_once_and_mapped(write, tell, size, monkeypatch):
+    path = write("a.csv", "text,label\n" + "".join(f"row {n},{n % 2}\n" for n in range(50)))
+    first = read(path, tell)
+    assert bool(first.cache_files) is (size == "large")
+    if size == "large":
+        monkeypatch.setattr(sources, "read_file", None)
+    again = read(write("b.csv", Path(path).read_bytes()), tell)  # by its content, whatever it is called
+    assert again.to_dict() == first.to_dict()
+    if size == "large":
+        with pytest.raises(TypeError):
+            read(write("a.csv", Path(path).read_text() + "one more,1\n"), tell)
+
+
+def test_a_large_file_is_read_where_the_cache_cannot_be_written(write, tell, size, monkeypatch, tmp_path):
+    monkeypatch.setenv("HKFT_CACHE", write("no folder", ""))
+    path = write("a.csv", "text,label\none,1\ntwo,0\n")
+    assert cells(path, tell) == {"text": ["one", "two"], "label": ["1", "0"]}
+    assert len(tell.notices) == (size == "large")

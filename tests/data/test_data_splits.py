@@ -1,13 +1,24 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 
 import datasets
 import pytest
 
-from hkft.data.splits import fingerprint, load, rows
+from hkft.data import sources
+from hkft.data.splits import fingerprint, groups_of, load, rows
 from hkft.errors import DataError, SetupError, UsageError
+
+
+@pytest.fixture(autouse=True, params=["at once", "in batches"])
+def size(request, monkeypatch, tmp_path_factory) -> None:
+    """Rows are drawn and counted the same however few are looked at at a time, and wherever they lie."""
+    if request.param == "in batches":
+        monkeypatch.setenv("HKFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        monkeypatch.setattr(sources, "BATCH", 3)
+        monkeypatch.setattr(sources, "LARGE", -1)
 
 
 def csv(pairs) -> str:
@@ -438,3 +449,18 @@ def test_a_label_of_its_own_for_every_row_is_probably_the_wrong_column(write, re
     (problem,) = caught.value.problems
     assert problem.found == "9 rows, 9 different, 9 classes"
     assert problem.hint == "is 'label' the column of the labels?"
+
+
+def test_a_fingerprint_is_the_sha256_of_lines_of_json():
+    columns = {"text": ['a "b"', "\u00e9\u2028\U0001f600", "100 %s"], "id": [0, 7, 2**40], "label": [0.1, 1.0, 1e-30]}
+    rows = datasets.Dataset.from_dict(columns)
+    lines = "".join(json.dumps(dict(sorted(row.items()))) + "\n" for row in rows)
+    assert fingerprint(rows) == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_groups_are_numbered_in_the_order_of_their_first_rows():
+    texts = ["B  b", "a", "b B", "A ", "c", "b\nb", "stra\u00dfe", "STRASSE", "a b"]
+    rows = datasets.Dataset.from_dict({"text": texts})
+    assert groups_of(rows).tolist() == [0, 1, 0, 1, 2, 0, 3, 3, 4]
+    pairs = datasets.Dataset.from_dict({"text": ["a b", "a", "a b"], "text_pair": ["c", "b c", "C"]})
+    assert groups_of(pairs).tolist() == [0, 1, 0]

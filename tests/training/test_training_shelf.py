@@ -4,11 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from hkft import api
+from hkft import api, folder
 from hkft.events import Notice
 from hkft.folder import RunFolder, read_json, write_json
 from hkft.model import build
@@ -213,3 +214,13 @@ def test_texts_to_be_learned_are_shared_as_well(generation_file, tmp_path):
     assert facts(runs[1]) == facts(runs[3])
     assert json.dumps(runs[1].records("sample")) == json.dumps(runs[3].records("sample"))
     assert all(torch.equal(value, weights(runs[3])[name]) for name, value in weights(runs[1]).items())
+
+
+def test_json_with_arrays_is_written_as_json_with_lists(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "PIECE", 2)
+    nested = {"x": [1, {"y": "line\nbreak"}], "z": []}
+    content = {"a": np.arange(5), "b": nested, "c": np.array([], int), "d": np.array([0.5, np.nan]), "e": np.float64(2)}
+    plain = {"a": [0, 1, 2, 3, 4], "b": nested, "c": [], "d": [0.5, None], "e": 2.0}
+    for given, expected in ((content, plain), ({}, {})):
+        folder.write_json(tmp_path / "a.json", given)
+        assert (tmp_path / "a.json").read_text() == json.dumps(expected, indent=2) + "\n"

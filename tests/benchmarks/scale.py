@@ -1,0 +1,174 @@
+"""What a run costs as its data grows: time and memory of everything before there is a model.
+
+    python tests/benchmarks/scale.py rows [--rows 10000,100000,1000000] [--folder DIR] [--json FILE]
+
+rows: a csv of made sentences of 5 to 15 words, two classes, a tenth of it validation. Measured is what a run does with it:
+reading, canonical rows, drawing the split, duplicates, fingerprints, tokenising (a word-level tokenizer built here, at most
+32 tokens), the probe, and writing splits.json. Once with an empty cache ("first start"), and once more ("second start"),
+each in a process of its own. Time is from after the imports, and beside it that of the processors ("cpu"), which tells
+more where others use the machine; the file lies in the page cache. Looking for near-duplicates is part of it, and costs the
+same from 20,000 rows a side on. 10,000,000 rows are a csv of
+0.6 GB and a few GB of cache: --folder says where, and nothing is left there.
+
+Memory, above what the process held after its imports:
+  peak      the largest resident set (ru_maxrss), in which pages of files that are mapped count as well
+  private   the largest resident set less the pages of files, sampled every 5 ms: what the system cannot take back
+pytest does not collect this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+SYLLABLES = [a + b for a in "bdfghklmnprst" for b in ("a", "e", "in", "or")]
+WORDS = [a + b + c for a in SYLLABLES for b in SYLLABLES for c in ("", "s", "ly", "ness")]
+MARKS = ("good", "bad")
+
+
+def make(path: Path, rows: int) -> None:
+    """The csv, a block of lines at a time."""
+    draw = random.Random(7)
+    with path.open("w", encoding="utf-8") as file:
+        file.write("text,label\n")
+        for start in range(0, rows, 10_000):
+            lines = []
+            for row in range(start, min(start + 10_000, rows)):
+                label = row % 2
+                words = draw.choices(WORDS, k=draw.randint(5, 15))
+                lines.append(f"{' '.join(words)} {MARKS[label]} {row % 1000},{MARKS[label]}\n")
+            file.write("".join(lines))
+
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, *MARKS]
+    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", model_max_length=512)
+
+
+def start_run(folder: Path) -> None:
+    """What a run does before it loads its model, by the same functions."""
+    from hkft.folder import write_json
+    from hkft.model import build
+    from hkft.recipe import load
+    from hkft.training.prepare import prepare
+
+    words = tokenizer()
+    build.tokenizer = lambda recipe: words
+    material = prepare(load(folder / "recipe.yaml"), lambda event: None)
+    write_json(folder / "splits.json", {**material.ids, "labels": material.labels})
+
+
+def measured(work: Callable[[], None]) -> dict[str, float]:
+    """Seconds and bytes of `work`, in this process."""
+    process, over, most = psutil.Process(), threading.Event(), 0
+
+    def private() -> int:
+        held = process.memory_info()
+        return held.rss - getattr(held, "shared", 0)
+
+    def watch() -> None:
+        nonlocal most
+        while not over.wait(0.005):
+            most = max(most, private())
+
+    before, before_private = process.memory_info().rss, private()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start, used = time.perf_counter(), time.process_time()
+    work()
+    seconds, cpu = time.perf_counter() - start, time.process_time() - used
+    over.set()
+    watcher.join()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"seconds": seconds, "cpu": cpu, "peak": peak - before, "private": most - before_private}
+
+
+def in_process(folder: Path, *given: str) -> dict[str, float]:
+    """This script once more, in a process that inherits no memory worth mention, with a cache of its own."""
+    environment = {**os.environ, "HKFT_CACHE": str(folder / "cache")}
+    command = [sys.executable, __file__, *given, "--measure", "--folder", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def rows(counts: list[int], place: Path | None) -> list[dict[str, Any]]:
+    """A row of the table for each count: first start, second start."""
+    print(f"{'':22}   {'first start':>33}   {'second start':>33}")
+    columns = f"{'s':>7} {'cpu s':>7} {'peak MB':>8} {'private':>8}"
+    print(f"{'rows':>12}{'csv':>10}   {columns}   {columns}{'cache':>9}")
+    found = []
+    for count in counts:
+        with tempfile.TemporaryDirectory(dir=place) as name:
+            folder = Path(name)
+            make(folder / "rows.csv", count)
+            (folder / "recipe.yaml").write_text(RECIPE.format(train=folder / "rows.csv"), encoding="utf-8")
+            one: dict[str, Any] = {"rows": count, "csv": (folder / "rows.csv").stat().st_size}
+            one["first"], one["second"] = in_process(folder, "rows"), in_process(folder, "rows")
+            one["cache"] = sum(path.stat().st_size for path in folder.glob("cache/**/*") if path.is_file())
+            shutil.rmtree(folder / "cache", ignore_errors=True)
+        found.append(one)
+        parts = "   ".join(shown(one[start]) for start in ("first", "second"))
+        print(f"{count:>12,}{one['csv'] / 1e6:>7.0f} MB   {parts}{one['cache'] / 1e6:>6.0f} MB", flush=True)
+    return found
+
+
+def shown(one: dict[str, float]) -> str:
+    return f"{one['seconds']:>7.1f} {one['cpu']:>7.1f} {one['peak'] / 1e6:>8.0f} {one['private'] / 1e6:>8.0f}"
+
+
+RECIPE = """\
+# scale: made sentences
+model: {{name: made, device: cpu}}
+data: {{train: {train}, validation: 0.1, text: text, label: label, max_length: 32}}
+lora: {{r: 4, lora_alpha: 8, target_modules: [query, value]}}
+dropout: {{method: none}}
+train: {{learning_rate: 1.0e-2, num_train_epochs: 1, per_device_train_batch_size: 16}}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=["rows"], help="what grows")
+    parser.add_argument("--rows", default="10000,100000,1000000", help="default 10000,100000,1000000")
+    parser.add_argument("--folder", type=Path, help="for what is made, default the system's temporary one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write seconds and bytes there")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        import hkft.training.prepare  # noqa: F401
+
+        return print(json.dumps(measured(lambda: start_run(options.folder))))
+    found = rows([int(count) for count in options.rows.split(",")], options.folder)
+    print(f"{platform.machine()} CPU, {os.cpu_count()} cores")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+    return None
+
+
+if __name__ == "__main__":
+    main()
