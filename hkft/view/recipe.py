@@ -21,7 +21,6 @@ def show_provenance(recipe: Recipe) -> None:
 def show_plan(plan: Mapping[str, Any]) -> None:
     """What `hkft check` found out."""
     tokens, parameters = plan["tokens"], plan["parameters"]
-    memory = plan["memory_bytes_estimate"]
     passes = "1 forward pass" if plan["passes_per_step"] == 1 else f"{plan['passes_per_step']} forward passes"
     table(
         ["plan", ""],
@@ -41,7 +40,8 @@ def show_plan(plan: Mapping[str, Any]) -> None:
                 "parameters",
                 f"{parameters['trainable']:,} of {parameters['total']:,} trained ({parameters['share']:.2%})",
             ],
-            ["memory, roughly", ", ".join(f"{name.replace('_', ' ')} {_bytes(n)}" for name, n in memory.items())],
+            ["peak memory", _memory(plan["memory_bytes"])],
+            ["time", _time(plan["seconds"])],
             ["run folder", plan["output"]],
         ],
         plan["recipe"],
@@ -54,6 +54,18 @@ def _sets(counts: Mapping[str, int]) -> str:
 
 def _labels(plan: Mapping[str, Any]) -> str:
     return ", ".join(plan["labels"]) if plan["labels"] else "a number"
+
+
+def _memory(sizes: Mapping[str, int | None]) -> str:
+    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in sizes.items() if size and name != "peak")
+    peak = sizes["peak"]
+    return f"about {_bytes(peak)}: {parts}" if peak else f"--probe measures it; {parts}, and the activations"
+
+
+def _time(seconds: Mapping[str, float] | None) -> str:
+    if seconds is None:
+        return "--probe takes a few steps, and says"
+    return f"about {duration(seconds['total'])}, {duration(seconds['looking'])} of it for evaluations"
 
 
 def show_method(method: Method) -> None:
