@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,10 +17,13 @@ def check(
     context: typer.Context,
     recipe: Recipe,
     set: Set = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Load the model, take a few steps, and say how long a run takes.")
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Validate a recipe, then plan it: rows, steps, tokens, parameters, memory. Trains nothing and writes nothing."""
+    """Validate a recipe, then plan it: rows, steps, tokens, parameters, memory; time with --probe. Writes nothing."""
     from hkft.recipe import load
     from hkft.training import planned
     from hkft.view.recipe import show_plan
@@ -36,4 +39,11 @@ def check(
 
     with view(json=json) as tell:
         found = planned.plan(loaded, tell, made)
+        if probe:  # is of this moment, and not kept
+            quiet(tell, loaded if context.obj is ALONE else None)
+            from hkft.events import silent
+            from hkft.training.prepare import prepare
+            from hkft.training.rehearsal import rehearse
+
+            found = found | {"probe": rehearse(loaded, prepare(loaded, silent), tell)}
     return show_json(found) if json else show_plan(found)

@@ -35,7 +35,13 @@ from hkft.training.looks import SPLITS
 from hkft.training.objective import learns_tokens, objective, token_objective
 from hkft.training.prepare import Material
 
-STATES = {"sgd": 0, "adafactor": 0, "lion": 4, "rmsprop": 4, "adagrad": 4}  # bytes of a trained number; else two moments
+STATES = {
+    "sgd": 0,
+    "adafactor": 0,
+    "lion": 4,
+    "rmsprop": 4,
+    "adagrad": 4,
+}  # bytes of a trained number; else two moments
 MOMENTS = 8
 SMALL = 4096  # numbers of a tensor whose moments an 8-bit optimizer keeps in 32 bits
 BLOCK = 64  # 4-bit weights of one scale

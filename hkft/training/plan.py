@@ -53,7 +53,7 @@ def plan(recipe: Recipe, tell: Listener) -> dict[str, Any]:
         },
         "parameters": {"trainable": trainable, "total": parameters, "share": trainable / parameters},
         "memory_bytes": forecast.memory(recipe, material, found, settings),
-        "seconds": None,  # `rehearsal.rehearse` says
+        "probe": None,  # made by `rehearsal.rehearse`, on request
     }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hkft.dropout.method import Method
 from hkft.view.console import output, say
 from hkft.view.tables import table
+from hkft.view.words import duration, memory
 
 if TYPE_CHECKING:
     from hkft.recipe import Recipe
@@ -40,8 +41,8 @@ def show_plan(plan: Mapping[str, Any]) -> None:
                 "parameters",
                 f"{parameters['trainable']:,} of {parameters['total']:,} trained ({parameters['share']:.2%})",
             ],
-            ["peak memory", _memory(plan["memory_bytes"])],
-            ["time", _time(plan["seconds"])],
+            ["peak memory", _memory(plan["memory_bytes"], plan["probe"])],
+            ["time", _time(plan["probe"])],
             ["run folder", plan["output"]],
         ],
         plan["recipe"],
@@ -56,16 +57,19 @@ def _labels(plan: Mapping[str, Any]) -> str:
     return ", ".join(plan["labels"]) if plan["labels"] else "a number"
 
 
-def _memory(sizes: Mapping[str, int | None]) -> str:
-    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in sizes.items() if size and name != "peak")
+def _memory(sizes: Mapping[str, int | None], probe: Mapping[str, Any] | None) -> str:
+    parts = ", ".join(f"{name} {memory(size)}" for name, size in sizes.items() if size and name != "peak")
+    if probe:
+        return f"{memory(probe['peak_memory_bytes'])} measured in {probe['steps_made']} steps; forecast: {parts}"
     peak = sizes["peak"]
-    return f"about {_bytes(peak)}: {parts}" if peak else f"--probe measures it; {parts}, and the activations"
+    return f"about {memory(peak)}: {parts}" if peak else f"{parts}, and more: --probe measures it"
 
 
-def _time(seconds: Mapping[str, float] | None) -> str:
-    if seconds is None:
+def _time(probe: Mapping[str, Any] | None) -> str:
+    if not probe:
         return "--probe takes a few steps, and says"
-    return f"about {duration(seconds['total'])}, {duration(seconds['looking'])} of it for evaluations"
+    seconds = probe["seconds"]
+    return f"about {duration(seconds['total'])}, of it {duration(seconds['looking'])} for evaluations"
 
 
 def show_method(method: Method) -> None:
@@ -80,11 +84,3 @@ def show_method(method: Method) -> None:
     console = output()
     say(console, f"{method.name}: {method.summary}\n")
     say(console, f"dropout: {{method: {method.name}, rate: 0.1}}\n\nor, in full:\n\n{text}")
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
