@@ -37,13 +37,16 @@ def check(
 
         return plan(loaded, heard)
 
-    with view(json=json) as tell:
-        found = planned.plan(loaded, tell, made)
-        if probe:  # is of this moment, and not kept
-            quiet(tell, loaded if context.obj is ALONE else None)
-            from hkft.events import silent
-            from hkft.training.prepare import prepare
-            from hkft.training.rehearsal import rehearse
+    def rehearsed(tell: Listener) -> dict[str, Any]:
+        quiet(tell, loaded if context.obj is ALONE else None)
+        from hkft.training.plan import plan
+        from hkft.training.rehearsal import rehearse
+        from hkft.training.shelf import Shelf
 
-            found = found | {"probe": rehearse(loaded, prepare(loaded, silent), tell)}
+        shelf = Shelf()
+        found = plan(loaded, tell, shelf)
+        return found | {"probe": rehearse(loaded, shelf, tell)}
+
+    with view(json=json) as tell:
+        found = rehearsed(tell) if probe else planned.plan(loaded, tell, made)
     return show_json(found) if json else show_plan(found)

@@ -24,7 +24,8 @@ def without_numbers(model: nn.Module) -> None:
     made: dict[Tensor, Tensor] = {}  # what is tied stays tied
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in model.modules():
-            for part in (module._parameters, module._buffers):
+            parts: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for part in parts:
                 for name, tensor in part.items():
                     if tensor is None:
                         continue

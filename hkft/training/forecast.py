@@ -12,6 +12,7 @@ torch.compile change.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -48,10 +49,14 @@ BLOCK = 64  # 4-bit weights of one scale
 
 
 class Sized(NamedTuple):
-    """The LoRA model of a recipe on torch's meta device: its shape without its numbers; and the bytes of its frozen base."""
+    """The LoRA model of a recipe on torch's meta device: its shape without its numbers.
+
+    weights: bytes of the base. maps: those of its linear maps that bitsandbytes is to have.
+    """
 
     model: PeftModel
     weights: int
+    maps: list[nn.Module]
 
 
 def sized(recipe: Recipe, material: Material) -> Sized:
@@ -65,21 +70,21 @@ def sized(recipe: Recipe, material: Material) -> Sized:
         base = build.auto_class(recipe.task).from_config(config, dtype=dtype)
         build.check_decoder(recipe, base)
         build.pad_with(base, build.padding_id(material.tokenizer))
-        weights = weight_bytes(base, kind)
-        return Sized(build.with_lora(base, recipe.replace("model.quantization=none")), weights)
+        maps = quantised_maps(base) if kind != "none" else []
+        weights = weight_bytes(base, maps, kind)
+        return Sized(build.with_lora(base, recipe.replace("model.quantization=none")), weights, maps)
 
 
-def weight_bytes(base: PreTrainedModel, kind: str) -> int:
-    """Of a base model's parameters, of which bitsandbytes has the linear maps below the head (kind "4bit", "8bit")."""
+def quantised_maps(base: PreTrainedModel) -> list[nn.Module]:
+    """The linear maps below the head."""
     heads = build.heads(base)
-    maps = {
-        module.weight: module
-        for name, module in base.named_modules()
-        if kind != "none" and linear_sizes(module) and name.partition(".")[0] not in heads
-    }
-    return sum(
-        _quantised(parameter, kind) if parameter in maps else parameter.nbytes for parameter in set(base.parameters())
-    )
+    return [m for name, m in base.named_modules() if linear_sizes(m) and name.partition(".")[0] not in heads]
+
+
+def weight_bytes(base: nn.Module, maps: Sequence[nn.Module], kind: str) -> int:
+    """Of a base model's parameters, where `maps` are of bitsandbytes' "4bit" or "8bit"."""
+    packed = {module.weight for module in maps}
+    return sum(_quantised(each, kind) if each in packed else each.nbytes for each in base.parameters())
 
 
 def _quantised(weight: Tensor, kind: str) -> int:
@@ -113,18 +118,23 @@ def memory(recipe: Recipe, material: Material, found: Sized, settings: TrainingA
         "optimizer": optimizer_bytes(found.model, str(getattr(settings.optim, "value", settings.optim))),
     }
     try:
-        beside = traced(recipe, material, found.model, settings)
+        beside = traced(recipe, material, found, settings)
     except RuntimeError:  # an operation whose shape or way depends on numbers: there are none
         beside = {"training": None, "looking": None}
     most = [size for size in beside.values() if size is not None]
     return {"peak": sum(held.values()) + max(most) if most else None, **held, **beside}
 
 
-def traced(recipe: Recipe, material: Material, model: PeftModel, settings: TrainingArguments) -> dict[str, int | None]:
+def traced(recipe: Recipe, material: Material, found: Sized, settings: TrainingArguments) -> dict[str, int | None]:
     """Bytes that a training step and a look hold at their peaks beside what is there all the time, gradients included.
 
-    model: on the meta device; is given fake parameters. Raises RuntimeError where it cannot be traced.
+    Raises RuntimeError where the model cannot be traced.
     """
+    model = found.model
+    inputs: list[Tensor] = []
+    if recipe.model.quantization == "8bit":  # bitsandbytes keeps for backward what its 8-bit maps are given
+        for module in found.maps:
+            module.register_forward_pre_hook(lambda _, args: inputs.extend(x for x in args if x.requires_grad))
     without_numbers(model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(settings.gradient_checkpointing_kwargs)
@@ -149,6 +159,7 @@ def traced(recipe: Recipe, material: Material, model: PeftModel, settings: Train
             for _ in range(passes):
                 ledger.peak = ledger.held
                 _step(recipe, model, dict(batches["training"]), settings)
+                inputs.clear()
     finally:
         attachment.detach()
     return {"training": ledger.peak, "looking": looking}

@@ -10,13 +10,17 @@ from hkft.folder import RunFolder
 from hkft.model import build
 from hkft.recipe import Recipe
 from hkft.training import forecast, looks
-from hkft.training.prepare import Material, arguments, check_criterion, prepare, sample, step_counts
+from hkft.training.prepare import Material, arguments, check_criterion, sample, step_counts
 from hkft.training.run import default_folder
+from hkft.training.shelf import Shelf
 
 
-def plan(recipe: Recipe, tell: Listener) -> dict[str, Any]:
-    """A record of what `hkft train` would do. Raises whatever it would raise before its first step."""
-    material = prepare(recipe, tell)
+def plan(recipe: Recipe, tell: Listener, shelf: Shelf | None = None) -> dict[str, Any]:
+    """A record of what `hkft train` would do. Raises whatever it would raise before its first step.
+
+    shelf: where the rows are kept for who wants them next.
+    """
+    material = (shelf or Shelf(keeps=False)).material(recipe, tell)
     check_criterion(recipe, material)
     tell(Stage("sizing the model"))
     build.device(recipe.model.device)

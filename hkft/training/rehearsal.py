@@ -27,18 +27,20 @@ from hkft.recipe import Recipe
 from hkft.training import environment, looks
 from hkft.training.prepare import Material, step_counts
 from hkft.training.run import ASIDE, trainer_of
+from hkft.training.shelf import Shelf
 from hkft.training.trainer import Trainer
 
 ENOUGH = 5.0  # seconds of steps, after two of them
 TURNS = 8  # of both steps at most
 
 
-def rehearse(recipe: Recipe, material: Material, tell: Listener) -> dict[str, Any]:
+def rehearse(recipe: Recipe, shelf: Shelf, tell: Listener) -> dict[str, Any]:
     """Seconds of the whole run, {"training", "looking", "total"} as its summary tells them apart, and bytes of its peak memory.
 
     Loading, the check of the method and saving are not in them. Leaves nothing on the disk. Raises what a run raises that cannot
     begin, runs out of memory or diverges at once.
     """
+    material = shelf.material(recipe, silent)
     recipe = recipe.replace("train.report_to=none")
     with TemporaryDirectory(prefix="hkft-") as place:
         tell(Stage(f"loading {recipe.model.name}"))
