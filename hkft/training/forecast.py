@@ -135,6 +135,7 @@ def traced(recipe: Recipe, material: Material, found: Sized, settings: TrainingA
     if recipe.model.quantization == "8bit":  # bitsandbytes keeps for backward what its 8-bit maps are given
         for module in found.maps:
             module.register_forward_pre_hook(lambda _, args: inputs.extend(x for x in args if x.requires_grad))
+    attachment = attach(model, recipe.method, padding_free=recipe.data.padding_free)
     without_numbers(model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(settings.gradient_checkpointing_kwargs)
@@ -147,7 +148,6 @@ def traced(recipe: Recipe, material: Material, found: Sized, settings: TrainingA
         "looking": tokenise.collator(material.tokenizer, side)(_longest(longest, size)),
     }
     precision = build.precision(recipe)
-    attachment = attach(model, recipe.method, padding_free=recipe.data.padding_free)
     try:
         with Ledger(model) as ledger, torch.autocast("cpu", precision) if precision else nullcontext():
             model.eval()
