@@ -138,7 +138,7 @@ def traced(recipe: Recipe, material: Material, found: Sized, settings: TrainingA
     attachment = attach(model, recipe.method, padding_free=recipe.data.padding_free)
     without_numbers(model)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(settings.gradient_checkpointing_kwargs)
+        checkpoint(model, settings)
     side = build.padding_side(model)
     train = tokenise.collator(material.tokenizer, side, recipe.data.padding_free)
     longest = max((material.examples[split] for split in SPLITS), key=lambda rows: max(column_of(rows, "length")))
@@ -163,6 +163,12 @@ def traced(recipe: Recipe, material: Material, found: Sized, settings: TrainingA
     finally:
         attachment.detach()
     return {"training": ledger.peak, "looking": looking}
+
+
+def checkpoint(model: PeftModel, settings: TrainingArguments) -> None:
+    """Let the model compute its activations anew in backward, as Trainer would, by the name that transformers has for it."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")(settings.gradient_checkpointing_kwargs)
 
 
 def _longest(examples: Any, count: int) -> list[dict[str, Any]]:
