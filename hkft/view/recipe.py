@@ -62,7 +62,8 @@ def _memory(sizes: Mapping[str, int | None], probe: Mapping[str, Any] | None) ->
     if probe:
         return f"{memory(probe['peak_memory_bytes'])} measured in {probe['steps_made']} steps; forecast: {parts}"
     peak = sizes["peak"]
-    return f"about {memory(peak)}: {parts}" if peak else f"{parts}, and more: --probe measures it"
+    roughly = "at least" if sizes["libraries"] else "about"  # a process's allocator gives back less than it is given
+    return f"{roughly} {memory(peak)}: {parts}" if peak else f"{parts}, and more: --probe measures it"
 
 
 def _time(probe: Mapping[str, Any] | None) -> str:
