@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,10 +17,13 @@ def check(
     context: typer.Context,
     recipe: Recipe,
     set: Set = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Load the model, take a few steps, and say how long a run takes.")
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Validate a recipe, then plan it: rows, steps, tokens, parameters, memory. Trains nothing and writes nothing."""
+    """Validate a recipe, then plan it: rows, steps, tokens, parameters, memory; time with --probe. Writes nothing."""
     from hkft.recipe import load
     from hkft.training import planned
     from hkft.view.recipe import show_plan
@@ -34,6 +37,16 @@ def check(
 
         return plan(loaded, heard)
 
+    def rehearsed(tell: Listener) -> dict[str, Any]:
+        quiet(tell, loaded if context.obj is ALONE else None)
+        from hkft.training.plan import plan
+        from hkft.training.rehearsal import rehearse
+        from hkft.training.shelf import Shelf
+
+        shelf = Shelf()
+        found = plan(loaded, tell, shelf)
+        return found | {"probe": rehearse(loaded, shelf, tell)}
+
     with view(json=json) as tell:
-        found = planned.plan(loaded, tell, made)
+        found = rehearsed(tell) if probe else planned.plan(loaded, tell, made)
     return show_json(found) if json else show_plan(found)

@@ -281,7 +281,6 @@ def _quantisation(recipe: Recipe, place: torch.device, config: PreTrainedConfig,
 
     with torch.device("meta"):
         skeleton = auto_class(recipe.task).from_config(config)
-    heads = [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
     settings = {
         "8bit": {"load_in_8bit": True},
         "4bit": {
@@ -293,13 +292,18 @@ def _quantisation(recipe: Recipe, place: torch.device, config: PreTrainedConfig,
     }
     try:
         return {
-            "quantization_config": BitsAndBytesConfig(llm_int8_skip_modules=heads, **settings[kind]),
+            "quantization_config": BitsAndBytesConfig(llm_int8_skip_modules=heads(skeleton), **settings[kind]),
             "device_map": {"": place},
         }
     except ImportError as error:
         raise SetupError(
             f"{kind} needs bitsandbytes", where="model.quantization", hint="pip install bitsandbytes"
         ) from error
+
+
+def heads(base: PreTrainedModel) -> list[str]:
+    """Names of what lies on top of the base model: never quantised."""
+    return [name for name, _ in base.named_children() if name != base.base_model_prefix]
 
 
 def check_decoder(recipe: Recipe, model: PreTrainedModel) -> None:

@@ -4,42 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from hkft.dropout.attach import attach
 from hkft.events import Listener, Stage
 from hkft.folder import RunFolder
 from hkft.model import build
 from hkft.recipe import Recipe
-from hkft.training import looks
-from hkft.training.prepare import Material, arguments, check_criterion, prepare, sample, step_counts
+from hkft.training import forecast, looks
+from hkft.training.prepare import Material, arguments, check_criterion, sample, step_counts
 from hkft.training.run import default_folder
-
-BYTES = {"none": 4.0, "8bit": 1.0, "4bit": 0.55}  # a base weight; 4-bit with its block scales
-ADAM = 16  # bytes of a trained parameter: itself, its gradient, two moments, in float32
-ACTIVATIONS = (
-    34  # numbers of the hidden size that a transformer layer keeps for backward, for each token: a rule of thumb
-)
+from hkft.training.shelf import Shelf
 
 
-def plan(recipe: Recipe, tell: Listener) -> dict[str, Any]:
-    """A record of what `hkft train` would do. Raises whatever it would raise before its first step."""
-    material = prepare(recipe, tell)
+def plan(recipe: Recipe, tell: Listener, shelf: Shelf | None = None) -> dict[str, Any]:
+    """A record of what `hkft train` would do. Raises whatever it would raise before its first step.
+
+    shelf: where the rows are kept for who wants them next.
+    """
+    material = (shelf or Shelf(keeps=False)).material(recipe, tell)
     check_criterion(recipe, material)
     tell(Stage("sizing the model"))
     build.device(recipe.model.device)
-    model = sized(recipe, material.labels)
-    attach(model, recipe.method, padding_free=recipe.data.padding_free).detach()
+    found = forecast.sized(recipe, material)
+    attach(found.model, recipe.method, padding_free=recipe.data.padding_free).detach()
     settings = arguments(recipe, RunFolder(default_folder(recipe)))
     train = material.examples["train"]
     total, per_epoch = step_counts(len(train), settings)
-    trainable, parameters = build.parameters(model)
+    trainable, parameters = build.parameters(found.model)
     passes = recipe.method.passes
     lengths = train["length"]
-    hidden, layers = model.config.hidden_size, model.config.num_hidden_layers
     count = len(looks.steps(total, per_epoch, recipe.diagnostics.evals_per_epoch)) + 1
     seen = sum(len(material.examples[split]) for split in looks.SPLITS)
-    longest = settings.per_device_train_batch_size * max(lengths)
     return {
         "recipe": recipe.name,
         "method": recipe.method.name,
@@ -62,11 +56,8 @@ def plan(recipe: Recipe, tell: Listener) -> dict[str, Any]:
             "trained": round(sum(lengths) * total / per_epoch),
         },
         "parameters": {"trainable": trainable, "total": parameters, "share": trainable / parameters},
-        "memory_bytes_estimate": {
-            "weights": round((parameters - trainable) * BYTES[recipe.model.quantization]),
-            "adapter_and_optimizer": trainable * ADAM,
-            "activations_of_the_longest_batch": longest * hidden * layers * ACTIVATIONS * 4,
-        },
+        "memory_bytes": forecast.memory(recipe, material, found, settings),
+        "probe": None,  # made by `rehearsal.rehearse`, on request
     }
 
 
@@ -82,12 +73,3 @@ def _example(recipe: Recipe, material: Material) -> list[dict[str, Any]] | None:
         return None
     pieces = sample(material.examples["train"], material.tokenizer).pieces
     return [{"text": text, "learned": learned} for text, learned in pieces]
-
-
-def sized(recipe: Recipe, labels: tuple[str, ...] | None) -> Any:
-    """The LoRA model of a recipe on torch's meta device: its shape, without its numbers."""
-    config = build.configuration(recipe, labels)
-    with torch.device("meta"):
-        base = build.auto_class(recipe.task).from_config(config)
-        build.check_decoder(recipe, base)
-        return build.with_lora(base, recipe.replace("model.quantization=none"))

@@ -110,7 +110,7 @@ def begin(
     with memory.while_loading(recipe):
         model = build.with_lora(shelf.base(recipe, material.labels, build.padding_id(material.tokenizer)), recipe)
     with _nothing_left(folder.path), ExitStack() as held:
-        trainer = _trainer(recipe, material, model, folder, heard)
+        trainer = trainer_of(recipe, material, model, folder, heard)
         if int(os.environ.get("RANK", "0")) == 0:  # of several processes of one run the first one writes
             held.enter_context(folder.held())
         _open(folder, recipe, material, resume)
@@ -259,8 +259,8 @@ def _self_check(begun: Begun) -> dict[str, Any]:
     return {"self_check": found}
 
 
-def _trainer(recipe: Recipe, material: Material, model: PeftModel, folder: RunFolder, tell: Listener) -> Trainer:
-    """Raises MethodError for a method that the model cannot carry, SetupError for a logger that is not installed."""
+def trainer_of(recipe: Recipe, material: Material, model: PeftModel, folder: RunFolder, tell: Listener) -> Trainer:
+    """What trains the model of a recipe. Raises MethodError for a method that the model cannot carry, SetupError for a logger that is not installed."""
     settings = arguments(recipe, folder)
     if recipe.diagnostics.average is not None and (settings.fsdp or settings.deepspeed):
         raise RecipeError("the adapter is spread over devices, and cannot be averaged", where="diagnostics.average")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hkft.dropout.method import Method
 from hkft.view.console import output, say
 from hkft.view.tables import table
+from hkft.view.words import duration, memory
 
 if TYPE_CHECKING:
     from hkft.recipe import Recipe
@@ -21,7 +22,6 @@ def show_provenance(recipe: Recipe) -> None:
 def show_plan(plan: Mapping[str, Any]) -> None:
     """What `hkft check` found out."""
     tokens, parameters = plan["tokens"], plan["parameters"]
-    memory = plan["memory_bytes_estimate"]
     passes = "1 forward pass" if plan["passes_per_step"] == 1 else f"{plan['passes_per_step']} forward passes"
     table(
         ["plan", ""],
@@ -41,7 +41,8 @@ def show_plan(plan: Mapping[str, Any]) -> None:
                 "parameters",
                 f"{parameters['trainable']:,} of {parameters['total']:,} trained ({parameters['share']:.2%})",
             ],
-            ["memory, roughly", ", ".join(f"{name.replace('_', ' ')} {_bytes(n)}" for name, n in memory.items())],
+            ["peak memory", _memory(plan["memory_bytes"], plan["probe"])],
+            ["time", _time(plan["probe"])],
             ["run folder", plan["output"]],
         ],
         plan["recipe"],
@@ -56,6 +57,22 @@ def _labels(plan: Mapping[str, Any]) -> str:
     return ", ".join(plan["labels"]) if plan["labels"] else "a number"
 
 
+def _memory(sizes: Mapping[str, int | None], probe: Mapping[str, Any] | None) -> str:
+    parts = ", ".join(f"{name} {memory(size)}" for name, size in sizes.items() if size and name != "peak")
+    if probe:
+        return f"{memory(probe['peak_memory_bytes'])} measured in {probe['steps_made']} steps; forecast: {parts}"
+    peak = sizes["peak"]
+    roughly = "at least" if sizes["libraries"] else "about"  # a process's allocator gives back less than it is given
+    return f"{roughly} {memory(peak)}: {parts}" if peak else f"{parts}, and more: --probe measures it"
+
+
+def _time(probe: Mapping[str, Any] | None) -> str:
+    if not probe:
+        return "--probe takes a few steps, and says"
+    seconds = probe["seconds"]
+    return f"about {duration(seconds['total'])}, of it {duration(seconds['looking'])} for evaluations"
+
+
 def show_method(method: Method) -> None:
     """One method: in words, and as the `dropout` section of a recipe that says it in full."""
     import yaml
@@ -68,11 +85,3 @@ def show_method(method: Method) -> None:
     console = output()
     say(console, f"{method.name}: {method.summary}\n")
     say(console, f"dropout: {{method: {method.name}, rate: 0.1}}\n\nor, in full:\n\n{text}")
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

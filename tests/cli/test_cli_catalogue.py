@@ -131,6 +131,24 @@ def test_check_s_plan_is_what_training_does(hkft, tiny):
     assert len(looks) == plan["evaluations"]
 
 
+def test_check_says_how_long_a_run_takes_only_after_a_probe(hkft, tiny, monkeypatch):
+    monkeypatch.setattr("hkft.training.rehearsal.ENOUGH", 0.0)
+    before = sorted(Path().rglob("*"))
+    document = hkft("check", "--recipe", tiny, "--probe", "--json").document
+    assert set(document["probe"]) == {"seconds", "steps_made", "peak_memory_bytes"}
+    assert set(document["probe"]["seconds"]) == {"training", "looking", "total"}
+    assert set(document["memory_bytes"]) == {
+        "peak", "libraries", "weights", "adapter", "optimizer", "training", "looking"
+    }  # fmt: skip
+    assert hkft("check", "--recipe", tiny, "--json").document["probe"] is None
+    lines = hkft("check", "--recipe", tiny, "--probe").out.splitlines()
+    assert any(re.match(r"time +about \d+:\d\d, of it \d+:\d\d for evaluations", line) for line in lines)
+    assert any(
+        line.startswith("time") and "--probe" in line for line in hkft("check", "--recipe", tiny).out.splitlines()
+    )
+    assert sorted(Path().rglob("*")) == before
+
+
 def test_doctor_names_versions_and_devices(hkft):
     ran = hkft("doctor")
     assert ran.code == 0
