@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from itertools import chain, groupby
 from operator import itemgetter
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from hkft.data import probe, splits, tokenise
+from hkft.data import cache, probe, splits, tokenise
 from hkft.data.completions import IGNORED
 from hkft.data.near import drawn, near_duplicates
 from hkft.data.sources import batches_of, column_of, picked
@@ -98,9 +99,28 @@ def _once(tell: Listener) -> Listener:
 
 
 def _near_duplicates(recipe: Recipe, rows: splits.Splits, tell: Listener) -> dict[str, Any] | None:
-    """Validation rows that nearly stand in train. Of prompts much is alike by design, so that they are left alone."""
+    """Validation rows that nearly stand in train, looked for once in the same rows.
+
+    Of prompts much is alike by design, so that they are left alone.
+    """
     if recipe.task == "generation":
         return None
+    name = cache.key(
+        kind="near-duplicates",
+        rows=[rows.fingerprints["train"], rows.fingerprints["validation"]],
+        seed=recipe.seed,
+        limits=[LETTERS, PAIRS, SHOWN],
+        versions=[version(package) for package in ("numpy", "scipy", "scikit-learn")],
+    )
+    found = cache.kept_facts(name, lambda: _looked_for(recipe, rows, tell), tell)
+    if fresh := found.pop("fresh"):
+        share = f"{fresh:,} of {found['compared']:,} validation rows compared"
+        tell(Notice(f"{share} nearly stand in train, for a word or a mark: report.html shows them", "warning"))
+    return found
+
+
+def _looked_for(recipe: Recipe, rows: splits.Splits, tell: Listener) -> dict[str, Any]:
+    """How many rows were compared, how many have a near one in train, how many of these no equal one, and some of them."""
     assert rows.train is not None and rows.validation is not None
     tell(Stage("looking for near-duplicates"))
     letters = sum(sum(map(len, part)) for part in _texts(rows.train)) / len(rows.train)
@@ -110,9 +130,6 @@ def _near_duplicates(recipe: Recipe, rows: splits.Splits, tell: Listener) -> dic
     )
     train, validation = (list(chain(*_texts(split))) for split in (of_train, of_validation))
     found, compared = near_duplicates(train, validation, most_rows=most, seed=recipe.seed)
-    if fresh := [near for near in found if near.similarity < 1]:
-        share = f"{len(fresh):,} of {compared:,} validation rows compared"
-        tell(Notice(f"{share} nearly stand in train, for a word or a mark: report.html shows them", "warning"))
     pairs = [
         {
             "validation_id": of_validation[near.validation]["id"],
@@ -123,7 +140,8 @@ def _near_duplicates(recipe: Recipe, rows: splits.Splits, tell: Listener) -> dic
         }
         for near in found[:PAIRS]
     ]
-    return {"compared": compared, "found": len(found), "pairs": pairs}
+    fresh = sum(near.similarity < 1 for near in found)
+    return {"compared": compared, "found": len(found), "pairs": pairs, "fresh": fresh}
 
 
 def _texts(split: datasets.Dataset) -> Iterator[list[str]]:
