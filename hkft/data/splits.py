@@ -107,7 +107,8 @@ def _drawn(
     final = {name: _limited(taken[name], limits.get(name), recipe.seed, name, tell) for name in NAMES if name in splits}
     if "train" in final and recipe.task != "generation":
         _check_labels(final["train"], final.get("validation"), known, recipe, tell)
-    repeated = _duplicates(final["train"], final["validation"], tell) if {"train", "validation"} <= set(splits) else 0
+    both = {"train", "validation"} <= set(splits) and "validation" not in parts  # else equal ones are on one side
+    repeated = _duplicates(final["train"], final["validation"], tell) if both else 0
     return Splits(
         final.get("train"),
         final.get("validation"),

@@ -13,6 +13,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
@@ -28,6 +30,7 @@ from hkft.model import build
 from hkft.recipe import Recipe
 
 LETTERS = 2_000_000  # of the rows of each set that are searched for near-duplicates: a second or two
+BETWEEN = " / "  # the texts of a pair
 PAIRS = 50  # of near-duplicates that are kept
 SHOWN = 300  # letters of each end of a piece of the example that is shown
 MOST_STEPS = 10_000_000
@@ -123,7 +126,7 @@ def _looked_for(recipe: Recipe, rows: splits.Splits, tell: Listener) -> dict[str
     """How many rows were compared, how many have a near one in train, how many of these no equal one, and some of them."""
     assert rows.train is not None and rows.validation is not None
     tell(Stage("looking for near-duplicates"))
-    letters = sum(sum(map(len, part)) for part in _texts(rows.train)) / len(rows.train)
+    letters = _letters(rows.train) / len(rows.train)
     most = int(min(max(LETTERS / max(letters, 1), 500), 20_000))
     of_train, of_validation = (
         picked(split, drawn(len(split), most, recipe.seed)) for split in (rows.train, rows.validation)
@@ -146,9 +149,24 @@ def _looked_for(recipe: Recipe, rows: splits.Splits, tell: Listener) -> dict[str
 
 def _texts(split: datasets.Dataset) -> Iterator[list[str]]:
     """What the rows say, both texts of a pair, some rows at a time."""
-    columns = [name for name in ("text", "text_pair") if name in split.column_names]
-    for table in batches_of(split, *columns):
-        yield [" / ".join(parts) for parts in zip(*(table.column(name).to_pylist() for name in columns), strict=True)]
+    for table in batches_of(split, *_columns(split)):
+        yield [BETWEEN.join(parts) for parts in zip(*map(pa.ChunkedArray.to_pylist, table.columns), strict=True)]
+
+
+def _letters(split: datasets.Dataset) -> int:
+    """Of all that the rows say."""
+    columns = _columns(split)
+    tables = batches_of(split, *columns)
+    letters = sum(
+        pc.call_function("sum", [pc.call_function("utf8_length", [cells])]).as_py()
+        for table in tables
+        for cells in table.columns
+    )
+    return letters + len(BETWEEN) * (len(columns) - 1) * len(split)
+
+
+def _columns(split: datasets.Dataset) -> list[str]:
+    return [name for name in ("text", "text_pair") if name in split.column_names]
 
 
 def sample(examples: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> Sample:
