@@ -25,7 +25,6 @@ import datasets
 import pyarrow as pa
 import xxhash
 
-from hkft import __version__
 from hkft.events import Listener, Notice
 from hkft.folder import cache_directory
 
@@ -42,9 +41,7 @@ Make = Callable[[Path | None], datasets.Dataset | None]
 
 def key(**parts: Any) -> str:
     """sha256, in hexadecimal, of everything that an entry depends on: values of JSON's types."""
-    return hashlib.sha256(
-        json.dumps({"format": FORMAT, "hkft": __version__, **parts}, sort_keys=True).encode()
-    ).hexdigest()
+    return hashlib.sha256(json.dumps({"format": FORMAT, **parts}, sort_keys=True).encode()).hexdigest()
 
 
 def kept(name: str, make: Make, tell: Listener) -> datasets.Dataset:
