@@ -175,9 +175,9 @@ def _indented(content: Mapping[str, Any]) -> Iterator[str]:
         yield f"{before}\n  {json.dumps(str(key))}: "
         if getattr(value, "ndim", 0) and len(value):  # a numpy array
             for start in range(0, len(value), PIECE):
-                numbers = ",".join(
-                    f"\n    {json.dumps(jsonable(item))}" for item in value[start : start + PIECE].tolist()
-                )
+                items = value[start : start + PIECE].tolist()
+                shown = map(str, items) if value.dtype.kind in "iu" else (json.dumps(jsonable(item)) for item in items)
+                numbers = ",".join(f"\n    {item}" for item in shown)
                 yield f"{',' if start else '['}{numbers}"
             yield "\n  ]"
         else:

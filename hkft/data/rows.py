@@ -79,19 +79,19 @@ def rows(
     completions, and there is none. Raises what `read` raises, and DataError for missing columns, labels that cannot be,
     and a source that no row of is left.
     """
-    return canonical(reference, recipe, labels, tell, labelled).rows
+    return canonical(read(reference, tell), reference, recipe, labels, tell, labelled).rows
 
 
 def canonical(
+    source: datasets.Dataset,
     reference: str,
     recipe: DataRecipe,
     labels: Sequence[str] | None,
     tell: Listener,
     labelled: bool = True,
 ) -> Rows:
-    """As `rows`; where `labels` is None in classification, the classes are those found here."""
+    """As `rows`, of what was read; where `labels` is None in classification, the classes are those found here."""
     data = recipe.data
-    source = read(reference, tell)
     needed = columns_read(recipe, labelled)
     check_columns(source, dict.fromkeys(data.filter or {}, "data.filter") | needed, reference)
     ids = _filtered(source, data.filter or {}, reference)

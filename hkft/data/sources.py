@@ -25,7 +25,7 @@ from hkft.events import Listener, Stage
 __all__ = ["batches_of", "cells_of", "column_of", "locate", "package_path", "picked", "read"]
 
 BATCH = 10_000
-LARGE = 2**25  # bytes of a file: below, reading it costs about what looking it up in the cache does
+LARGE = 2**21  # bytes of sources: below, all that is made of them takes less than a second
 NAMELESS = "hkft"  # datasets' own name of the content: to make one up, it would read all of it
 
 
@@ -35,6 +35,7 @@ def read(reference: str, tell: Listener) -> datasets.Dataset:
     Small local files are read into memory. Large ones, by their content, are read once into the cache, a piece at a time,
     and memory-mapped from there. Hub datasets come through datasets' own cache. Raises UsageError for a malformed
     reference, SetupError for a missing package or an unreachable hub, DataError for everything about the data itself.
+    The fingerprint that `content_of` gives is the same wherever the same is read.
     """
     quiet()
     tell(Stage(f"reading {reference}"))
@@ -46,21 +47,28 @@ def read(reference: str, tell: Listener) -> datasets.Dataset:
     def make(file: Path | None) -> datasets.Dataset:
         tables = read_file(path)
         try:
-            return _in_memory(tables) if file is None else _written(tables, file)
+            return _in_memory(tables) if file is None else written(tables, file)
         except (ValueError, NotImplementedError, TypeError) as error:
             found = str(error).splitlines()[0]
             raise DataError("a column has a type that datasets cannot hold", where=str(path), found=found) from None
 
-    if path.stat().st_size <= LARGE:
-        return make(None)
-    return cache.kept(cache.key(source=_checksum(path), ending=kind, pyarrow=pa.__version__), make, tell)
+    rows = make(None) if path.stat().st_size <= LARGE else None
+    name = cache.key(source=_checksum(path), ending=kind, pyarrow=pa.__version__)
+    found = cache.kept(name, make, tell) if rows is None else rows
+    return datasets.Dataset(found.data, info=found.info, fingerprint=name)
+
+
+def content_of(source: datasets.Dataset) -> str:
+    """What stands for all that `read` gave: the checksum of a file, of a hub dataset datasets' own fingerprint."""
+    return source._fingerprint
 
 
 def _in_memory(tables: Iterator[pa.Table]) -> datasets.Dataset:
     return datasets.Dataset(InMemoryTable(pa.concat_tables(tables)), fingerprint=NAMELESS)
 
 
-def _written(tables: Iterator[pa.Table], file: Path) -> datasets.Dataset:
+def written(tables: Iterator[pa.Table], file: Path) -> datasets.Dataset:
+    """The rows of one table or more, memory-mapped from `file`."""
     first = next(tables)
     features = datasets.Features.from_arrow_schema(first.schema)
     with ArrowWriter(path=str(file), features=features) as writer:
@@ -84,8 +92,26 @@ def cells_of(source: datasets.Dataset, column: str) -> list[Any]:
 
 
 def batches_of(source: datasets.Dataset, *columns: str) -> Iterator[pa.Table]:
-    """The rows of some columns, BATCH at a time: what is made of them is all that is held."""
-    yield from source.select_columns([*columns]).with_format("arrow").iter(BATCH)
+    """The rows of some columns, BATCH or fewer at a time: what is made of them is all that is held.
+
+    Picked rows are taken from their pieces, many at once: `Dataset.iter` cuts them out one by one.
+    """
+    table = source.data.table.select([*columns])
+    if source._indices is None:
+        yield from (pa.Table.from_batches([batch]) for batch in table.to_batches(BATCH) if len(batch))
+        return
+    rows, pieces = source._indices.column(0).to_numpy(), table.to_batches()
+    ends = np.cumsum([len(piece) for piece in pieces])
+    for start in range(0, len(rows), BATCH):
+        some = rows[start : start + BATCH].astype(np.int64)
+        place = np.searchsorted(ends, some, side="right")
+        cuts = np.flatnonzero(np.diff(place)) + 1
+        firsts = place[[0, *cuts]].tolist()
+        taken = [
+            pieces[first].take(pa.array(part - ends[first] + len(pieces[first])))
+            for first, part in zip(firsts, np.split(some, cuts), strict=True)
+        ]
+        yield pa.Table.from_batches(taken)
 
 
 def pieces_of(source: datasets.Dataset, *columns: str) -> Iterator[datasets.Dataset]:

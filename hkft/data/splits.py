@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,15 +16,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from xxhash import xxh3_128_digest
 
+from hkft.data import cache
 from hkft.data.holdout import draw, draw_groups, hold_out
-from hkft.data.rows import DataRecipe, Rows, canonical, rows
-from hkft.data.sources import batches_of, column_of, picked
+from hkft.data.rows import DataRecipe, canonical, rows
+from hkft.data.sources import LARGE, batches_of, column_of, content_of, picked, read, written
 from hkft.errors import DataError, SetupError, UsageError
-from hkft.events import Listener, Notice
+from hkft.events import Event, Listener, Notice
 
 __all__ = ["Splits", "fingerprint", "load", "rows"]
 
 NAMES = ("train", "validation", "test")
+FACTS = ("labels", "fingerprints", "duplicates")
+READ = (  # keys of `data` that rows depend on
+    *NAMES,
+    *("filter", "text", "label", "prompt", "completion", "messages", "train_rows", "validation_rows"),
+)
 TEST_SEED = 0  # of a test set that is a fraction of train: the same rows whatever the run's seed
 
 
@@ -54,7 +62,7 @@ def load(
 
     A fraction as `data.validation` is drawn from train by class, with repeats of one text on one side; in generation the
     completions of one prompt stay together, here and where so many rows are drawn. A fraction as `data.test` is drawn
-    before it, the same rows for every seed. `labels` gives the classes of an earlier run instead of those found in train.
+    before it, the same rows for every seed. What is made of large sources is kept in the cache, by their content. `labels` gives the classes of an earlier run instead of those found in train.
     Raises what `rows` raises, and UsageError for a test set that the recipe does not name.
     """
     assert set(splits) <= set(NAMES), splits
@@ -62,22 +70,45 @@ def load(
     if "test" in splits and data.test is None:
         raise UsageError("the recipe names no test set", where="data.test", hint="--set data.test=FILE")
     parts = {name: _fraction(name, value) for name in ("test", "validation") if _is_part(value := getattr(data, name))}
+    own = {name for name in splits if name not in parts}
+    if any(name in splits for name in parts) or (known is None and recipe.task == "classification"):
+        own.add("train")
+    sources = {name: _read(name, recipe, tell) for name in NAMES if name in own}
+
+    def draw(tell: Listener) -> Splits:
+        return _drawn(recipe, sources, parts, tell, splits, known)
+
+    if sum(source.data.nbytes for source in sources.values()) <= LARGE:
+        return draw(tell)
+    return _kept(_key(recipe, sources, splits, known), draw, tell)
+
+
+def _drawn(
+    recipe: DataRecipe,
+    sources: Mapping[str, datasets.Dataset],
+    parts: Mapping[str, float],
+    tell: Listener,
+    splits: Sequence[str],
+    known: tuple[str, ...] | None,
+) -> Splits:
+    """The rows of what was read; parts: its fractions of train, in the order they are drawn."""
+    data = recipe.data
     taken: dict[str, datasets.Dataset] = {}
-    of_train = "train" in splits or any(name in splits for name in parts)
-    if of_train or (known is None and recipe.task == "classification"):
-        train = _read("train", recipe, known, tell)
+    if "train" in sources:
+        train = canonical(sources["train"], str(data.train), recipe, known, tell)
         known, rest = train.labels, train.rows
         for name, fraction in parts.items():
             rest, taken[name] = _part(rest, fraction, recipe, TEST_SEED if name == "test" else recipe.seed, name)
         taken["train"] = rest
     for name in ("validation", "test"):
-        if name in splits and name not in parts:
-            taken[name] = _read(name, recipe, known, tell).rows
+        if name in sources:
+            taken[name] = canonical(sources[name], str(getattr(data, name)), recipe, known, tell).rows
     limits = {"train": data.train_rows, "validation": data.validation_rows}
     final = {name: _limited(taken[name], limits.get(name), recipe.seed, name, tell) for name in NAMES if name in splits}
     if "train" in final and recipe.task != "generation":
         _check_labels(final["train"], final.get("validation"), known, recipe, tell)
-    repeated = _duplicates(final["train"], final["validation"], tell) if {"train", "validation"} <= set(splits) else 0
+    both = {"train", "validation"} <= set(splits) and "validation" not in parts  # else equal ones are on one side
+    repeated = _duplicates(final["train"], final["validation"], tell) if both else 0
     return Splits(
         final.get("train"),
         final.get("validation"),
@@ -86,6 +117,58 @@ def load(
         {name: fingerprint(split) for name, split in final.items()},
         repeated,
     )
+
+
+def _key(
+    recipe: DataRecipe, sources: Mapping[str, datasets.Dataset], splits: Sequence[str], known: tuple[str, ...] | None
+) -> str:
+    """The key of all that `_drawn` gives and tells."""
+    return cache.key(
+        kind="splits",
+        sources={name: content_of(source) for name, source in sources.items()},
+        data={name: repr(getattr(recipe.data, name, None)) for name in READ},
+        task=recipe.task,
+        seed=recipe.seed,
+        splits=sorted(splits),
+        labels=known,
+        versions=[datasets.__version__, platform.python_version()],
+    )
+
+
+def _kept(key: str, draw: Callable[[Listener], Splits], tell: Listener) -> Splits:
+    """What `draw` gives, memory-mapped from the cache, where nothing is done if that has it: its notices are told again."""
+    made: Splits | None = None
+    notices: list[Notice] = []
+
+    def heard(event: Event) -> None:
+        if isinstance(event, Notice):
+            notices.append(event)
+        tell(event)
+
+    def write(folder: Path) -> None:
+        nonlocal made
+        made = draw(heard)
+        for name in made.fingerprints:
+            split = getattr(made, name)
+            written(batches_of(split, *split.column_names), folder / f"{name}.arrow")
+        facts = {name: getattr(made, name) for name in FACTS}
+        cache.write_facts(folder, {**facts, "notices": [asdict(notice) for notice in notices]})
+
+    def opened(folder: Path) -> tuple[Splits, list[Notice]]:
+        facts = cache.read_facts(folder)
+        rows = {name: datasets.Dataset.from_file(str(folder / f"{name}.arrow")) for name in facts["fingerprints"]}
+        labels = None if facts["labels"] is None else tuple(facts["labels"])
+        given = {name: rows.get(name) for name in NAMES}
+        found = Splits(**given, labels=labels, fingerprints=facts["fingerprints"], duplicates=facts["duplicates"])
+        return found, [Notice(**notice) for notice in facts["notices"]]
+
+    found = cache.stored(key, write, opened, tell)
+    if found is None:
+        return made or draw(tell)
+    if made is None:
+        for notice in found[1]:
+            tell(notice)
+    return found[0]
 
 
 def fingerprint(split: datasets.Dataset) -> str:
@@ -109,11 +192,10 @@ def _as_json(cells: pa.ChunkedArray) -> Iterator[str]:
     return map(json.dumps, cells.to_pylist())
 
 
-def _read(name: str, recipe: DataRecipe, labels: tuple[str, ...] | None, tell: Listener) -> Rows:
-    """The rows of a split with a source of its own. What cannot be had is told with the key that asks for it."""
-    reference = str(getattr(recipe.data, name))
+def _read(name: str, recipe: DataRecipe, tell: Listener) -> datasets.Dataset:
+    """The source of a split. What cannot be had is told with the key that asks for it."""
     try:
-        return canonical(reference, recipe, labels, tell)
+        return read(str(getattr(recipe.data, name)), tell)
     except SetupError as error:
         (problem,) = error.problems
         instead = f"--set data.{name}=FILE names a local one"

@@ -52,7 +52,8 @@ class Completions:
     @property
     def groups(self) -> NDArray[np.integer]:
         """[N], the number of each row's prompt: its completions are alike."""
-        return np.unique(self.prompts, return_inverse=True)[1]
+        places = {prompt: place for place, prompt in enumerate(sorted(set(self.prompts)))}
+        return np.fromiter((places[prompt] for prompt in self.prompts), np.int64, len(self.prompts))
 
     @property
     def right(self) -> None:

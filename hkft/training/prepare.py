@@ -6,16 +6,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from itertools import chain, groupby
 from operator import itemgetter
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from hkft.data import probe, splits, tokenise
+from hkft.data import cache, probe, splits, tokenise
 from hkft.data.completions import IGNORED
 from hkft.data.near import drawn, near_duplicates
 from hkft.data.sources import batches_of, column_of, picked
@@ -27,6 +30,7 @@ from hkft.model import build
 from hkft.recipe import Recipe
 
 LETTERS = 2_000_000  # of the rows of each set that are searched for near-duplicates: a second or two
+BETWEEN = " / "  # the texts of a pair
 PAIRS = 50  # of near-duplicates that are kept
 SHOWN = 300  # letters of each end of a piece of the example that is shown
 MOST_STEPS = 10_000_000
@@ -98,21 +102,37 @@ def _once(tell: Listener) -> Listener:
 
 
 def _near_duplicates(recipe: Recipe, rows: splits.Splits, tell: Listener) -> dict[str, Any] | None:
-    """Validation rows that nearly stand in train. Of prompts much is alike by design, so that they are left alone."""
+    """Validation rows that nearly stand in train, looked for once in the same rows.
+
+    Of prompts much is alike by design, so that they are left alone.
+    """
     if recipe.task == "generation":
         return None
+    name = cache.key(
+        kind="near-duplicates",
+        rows=[rows.fingerprints["train"], rows.fingerprints["validation"]],
+        seed=recipe.seed,
+        limits=[LETTERS, PAIRS, SHOWN],
+        versions=[version(package) for package in ("numpy", "scipy", "scikit-learn")],
+    )
+    found = cache.kept_facts(name, lambda: _looked_for(recipe, rows, tell), tell)
+    if fresh := found.pop("fresh"):
+        share = f"{fresh:,} of {found['compared']:,} validation rows compared"
+        tell(Notice(f"{share} nearly stand in train, for a word or a mark: report.html shows them", "warning"))
+    return found
+
+
+def _looked_for(recipe: Recipe, rows: splits.Splits, tell: Listener) -> dict[str, Any]:
+    """How many rows were compared, how many have a near one in train, how many of these no equal one, and some of them."""
     assert rows.train is not None and rows.validation is not None
     tell(Stage("looking for near-duplicates"))
-    letters = sum(sum(map(len, part)) for part in _texts(rows.train)) / len(rows.train)
+    letters = _letters(rows.train) / len(rows.train)
     most = int(min(max(LETTERS / max(letters, 1), 500), 20_000))
     of_train, of_validation = (
         picked(split, drawn(len(split), most, recipe.seed)) for split in (rows.train, rows.validation)
     )
     train, validation = (list(chain(*_texts(split))) for split in (of_train, of_validation))
     found, compared = near_duplicates(train, validation, most_rows=most, seed=recipe.seed)
-    if fresh := [near for near in found if near.similarity < 1]:
-        share = f"{len(fresh):,} of {compared:,} validation rows compared"
-        tell(Notice(f"{share} nearly stand in train, for a word or a mark: report.html shows them", "warning"))
     pairs = [
         {
             "validation_id": of_validation[near.validation]["id"],
@@ -123,14 +143,30 @@ def _near_duplicates(recipe: Recipe, rows: splits.Splits, tell: Listener) -> dic
         }
         for near in found[:PAIRS]
     ]
-    return {"compared": compared, "found": len(found), "pairs": pairs}
+    fresh = sum(near.similarity < 1 for near in found)
+    return {"compared": compared, "found": len(found), "pairs": pairs, "fresh": fresh}
 
 
 def _texts(split: datasets.Dataset) -> Iterator[list[str]]:
     """What the rows say, both texts of a pair, some rows at a time."""
-    columns = [name for name in ("text", "text_pair") if name in split.column_names]
-    for table in batches_of(split, *columns):
-        yield [" / ".join(parts) for parts in zip(*(table.column(name).to_pylist() for name in columns), strict=True)]
+    for table in batches_of(split, *_columns(split)):
+        yield [BETWEEN.join(parts) for parts in zip(*map(pa.ChunkedArray.to_pylist, table.columns), strict=True)]
+
+
+def _letters(split: datasets.Dataset) -> int:
+    """Of all that the rows say."""
+    columns = _columns(split)
+    tables = batches_of(split, *columns)
+    letters = sum(
+        pc.call_function("sum", [pc.call_function("utf8_length", [cells])]).as_py()
+        for table in tables
+        for cells in table.columns
+    )
+    return letters + len(BETWEEN) * (len(columns) - 1) * len(split)
+
+
+def _columns(split: datasets.Dataset) -> list[str]:
+    return [name for name in ("text", "text_pair") if name in split.column_names]
 
 
 def sample(examples: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> Sample:

@@ -23,7 +23,7 @@ class LikeLengthSampler(Sampler[int]):
     batch_size: rows of one optimizer step on all devices, so that what is computed side by side is alike, too.
     """
 
-    def __init__(self, batch_size: int, lengths: Sequence[int], seed: int) -> None:
+    def __init__(self, batch_size: int, lengths: Sequence[int] | np.ndarray, seed: int) -> None:
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
         self.lengths = np.asarray(lengths)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -12,6 +13,7 @@ from transformers import DataCollatorWithFlattening, set_seed
 from transformers import Trainer as TransformersTrainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from hkft.data.sources import column_of
 from hkft.diagnostics.decomposition import Added
 from hkft.dropout.attach import attach
 from hkft.dropout.method import Consistency, Method
@@ -56,11 +58,18 @@ class Trainer(TransformersTrainer):
         self._vocabulary: Vocabulary | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        sampler = super()._get_train_sampler(train_dataset)
-        if not isinstance(sampler, LengthGroupedSampler):
-            return sampler
+        """Trainer's; where it groups rows by length, `LikeLengthSampler`, of a column of lengths without a list of them."""
+        given = self.train_dataset if train_dataset is None else train_dataset
+        grouped, column = self.args.train_sampling_strategy == "group_by_length", self.args.length_column_name
+        if grouped and isinstance(given, datasets.Dataset) and column in given.column_names:
+            rows, lengths = self.args.train_batch_size * self.args.gradient_accumulation_steps, column_of(given, column)
+        else:
+            sampler = super()._get_train_sampler(train_dataset)
+            if not isinstance(sampler, LengthGroupedSampler):
+                return sampler
+            rows, lengths = sampler.batch_size, sampler.lengths
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LikeLengthSampler(sampler.batch_size * self.args.world_size, sampler.lengths, seed)
+        return LikeLengthSampler(rows * self.args.world_size, lengths, seed)
 
     def compute_loss(
         self,

@@ -1,4 +1,4 @@
-"""The cache of examples: by content, whole or not at all, safe under several runs, and never in the way."""
+"""The cache: by content, whole or not at all, safe under several runs, and never in the way."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hkft.data import cache, encoding, splits
+from hkft.data import cache, encoding, sources, splits
 from hkft.data.tokenise import tokenise
+from hkft.errors import DataError
 from hkft.events import Stage
 from hkft.folder import cache_directory
+from hkft.recipe.schema import Data
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "good", "film", "bad", "one"]
 
@@ -311,3 +314,135 @@ def test_an_entry_says_what_it_is(tell, place):
     kept(rows(*ROWS), tokenizer(), tell)
     (entry,) = entries(place)
     assert json.loads((entry / "entry.json").read_text())["files"]["rows.arrow"][0] > 0
+
+
+# --- rows as they are drawn, and other facts --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(monkeypatch, write) -> str:
+    """A file that counts as large, with two rows to leave out, a repeat, and a class of one row."""
+    for module in (sources, splits):
+        monkeypatch.setattr(module, "LARGE", -1)
+    lines = [f"text {n},{'ab'[n % 2]}\n" for n in range(40)]
+    return write("rows.csv", "text,label\n" + "".join(lines) + "text 1,none\n,a\nthe end,\n")
+
+
+def test_what_is_drawn_of_large_data_is_drawn_once_and_said_again(large, recipe, tell, place, monkeypatch):
+    first = splits.load(recipe(train=large), tell)
+    said = tell.notices
+    assert len(said) == 3
+    tell.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(splits, "canonical", None)
+        second = splits.load(recipe(train=large), tell)
+    assert tell.notices == said
+    assert len(entries(place)) == 2  # the file, and what was drawn of it
+    for name in ("labels", "fingerprints", "duplicates"):
+        assert getattr(first, name) == getattr(second, name)
+    assert first.train is not None and second.train is not None and second.validation is not None
+    assert second.train.to_dict() == first.train.to_dict() and second.train.features == first.train.features
+    assert first.test is second.test is None
+    monkeypatch.setattr(splits, "LARGE", 2**30)
+    small = splits.load(recipe(train=large), tell)
+    assert small.train is not None and small.validation is not None
+    assert small.train.to_dict() == second.train.to_dict()
+    assert small.validation.to_dict() == second.validation.to_dict()
+    assert (small.fingerprints, small.labels) == (second.fingerprints, second.labels)
+
+
+def test_regression_has_no_labels_in_the_cache_either(monkeypatch, write, recipe, tell):
+    for module in (sources, splits):
+        monkeypatch.setattr(module, "LARGE", -1)
+    path = write("scores.csv", "text,label\n" + "".join(f"text {n},{n / 7}\n" for n in range(30)))
+    first, second = (splits.load(recipe("regression", train=path), tell) for _ in range(2))
+    assert first.labels is second.labels is None
+    assert first.train is not None and second.train is not None
+    assert first.train["label"][:] == second.train["label"][:]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 2},
+        {"validation": 0.3},
+        {"test": 0.1},
+        {"filter": {"label": ["a", "b"]}},
+        {"train_rows": 20},
+        {"validation_rows": 3},
+        {"text": ["text", "label"]},
+    ],
+)
+def test_what_is_drawn_depends_on_the_recipe(large, recipe, tell, place, change):
+    splits.load(recipe(train=large), tell)
+    splits.load(recipe(train=large, **change), tell)
+    assert len(entries(place)) == 3
+
+
+def test_what_is_drawn_depends_on_the_rows_the_splits_and_the_labels(large, recipe, tell, place):
+    splits.load(recipe(train=large), tell)
+    splits.load(recipe(train=large), tell, ("train",))
+    splits.load(recipe(train=large), tell, ("train",), ("none", "b", "a"))
+    Path(large).write_text(Path(large).read_text() + "one more,a\n")
+    splits.load(recipe(train=large), tell)
+    assert len(entries(place)) == 6  # two files, four times drawn
+
+
+def test_every_key_of_data_that_rows_depend_on_is_in_the_key_of_what_is_drawn():
+    assert set(Data.model_fields) - set(splits.READ) == {"max_length", "padding_free"}
+
+
+def test_large_data_is_drawn_where_the_cache_cannot_be_written(large, recipe, tell, place):
+    place.write_text("a file in its place")
+    got = splits.load(recipe(train=large), tell)
+    assert got.train is not None and got.validation is not None
+    assert len(got.train) + len(got.validation) == 41
+    assert tell.notices[0].startswith(f"the cache {place} cannot be written")
+
+
+def test_an_error_of_large_data_is_told_every_time_and_leaves_nothing_drawn(large, recipe, tell, place):
+    for _ in range(2):
+        with pytest.raises(DataError, match="no column"):
+            splits.load(recipe(train=large, text="no"), tell)
+    assert len(entries(place)) == 1  # the file
+
+
+@pytest.mark.parametrize("name", ["train.arrow", "facts.json"])
+def test_damaged_rows_are_drawn_anew(large, recipe, tell, place, name):
+    first = splits.load(recipe(train=large), tell)
+    (entry,) = (entry for entry in entries(place) if (entry / name).exists())
+    (entry / name).write_bytes((entry / name).read_bytes()[:-4])
+    tell.clear()
+    again = splits.load(recipe(train=large), tell)
+    assert again.fingerprints == first.fingerprints
+    assert len(tell.notices) == 3
+    assert again.train is not None and first.train is not None
+    assert again.train.to_dict() == first.train.to_dict()
+
+
+def test_facts_are_found_once(tell, place):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"found": 0.1 + 0.2, "pairs": []}
+
+    assert cache.kept_facts("name", make, tell) == cache.kept_facts("name", make, tell) == make()
+    assert len(made) == 2
+    cache.prune(most=0)
+    place.rmdir()
+    place.write_text("a file in its place")
+    assert cache.kept_facts("name", make, tell) == make()
+
+
+@pytest.mark.parametrize("numbers", [[3, 5, 11], [7], [11, 0, 5, 5], list(range(12))])
+def test_picked_rows_are_taken_from_whatever_pieces_they_lie_in(monkeypatch, numbers):
+    parts = [rows(*(f"{n} {m}" for m in range(count))) for n, count in enumerate((1, 4, 2, 5))]
+    whole = datasets.concatenate_datasets(parts)
+    chosen = sources.picked(whole, np.array(numbers))
+    for size in (1, 2, 100):
+        monkeypatch.setattr(sources, "BATCH", size)
+        tables = list(sources.batches_of(chosen, "text", "id"))
+        assert [text for table in tables for text in table["text"].to_pylist()] == whole.select(numbers)["text"][:]
+        assert tables[0].column_names == ["text", "id"]
+        assert sources.column_of(chosen, "id").tolist() == whole.select(numbers)["id"][:]

@@ -129,9 +129,9 @@ def test_the_end_of_text_is_a_label_where_it_pads_too(bytes_, tell):
     bytes_.pad_token = bytes_.eos_token
     got = tokenise(pairs(("a", "b"), ("a", "bcd")), bytes_, 64, tell)
     batch = collator(bytes_, "right")(list(got))
-    assert batch["labels"][:, :6].tolist() == [
-        [IGNORED, *bytes_("b")["input_ids"], 2, IGNORED, IGNORED, IGNORED],
-        [IGNORED, *bytes_("bcd")["input_ids"], 2, IGNORED],
+    assert batch["labels"][:, :5].tolist() == [
+        [IGNORED, *bytes_("b")["input_ids"], 2, IGNORED, IGNORED],
+        [IGNORED, *bytes_("bcd")["input_ids"], 2],
     ]
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 import datasets
 import pytest
 
-from hkft.data import sources
+from hkft.data import sources, splits
 from hkft.data.splits import fingerprint, groups_of, load, rows
 from hkft.errors import DataError, SetupError, UsageError
 
@@ -18,7 +18,8 @@ def size(request, monkeypatch, tmp_path_factory) -> None:
     if request.param == "in batches":
         monkeypatch.setenv("HKFT_CACHE", str(tmp_path_factory.mktemp("cache")))
         monkeypatch.setattr(sources, "BATCH", 3)
-        monkeypatch.setattr(sources, "LARGE", -1)
+        for module in (sources, splits):
+            monkeypatch.setattr(module, "LARGE", -1)
 
 
 def csv(pairs) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -245,3 +247,15 @@ def test_the_merged_model_writes_what_the_adapted_one_does(run, tmp_path):
     tokens = torch.tensor([loaded.tokenizer("name: Bani ->")["input_ids"]])
     with torch.no_grad():
         torch.testing.assert_close(merged(tokens).logits, loaded.model(tokens).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_prompts_are_numbered_without_an_array_as_wide_as_the_longest():
+    prompts = ["b", "\U0001f600", "a", "b", "\uffff", "", "a" * 10_000_000] * 3
+    ids, numbers = list(range(len(prompts))), np.ones(len(prompts), np.int64)
+    seen = completions.Completions(ids, prompts, prompts, numbers.astype(float), numbers, numbers)
+    tracemalloc.start()
+    groups = seen.groups
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert groups.tolist() == [3, 5, 1, 3, 4, 0, 2] * 3  # in the order of the prompts, as np.unique numbers them
+    assert most < 1_000_000

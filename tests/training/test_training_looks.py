@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 from hkft import api
 from hkft.diagnostics.decomposition import Added
 from hkft.diagnostics.history import history_of, losses_of
-from hkft.events import Event, TrainStep
+from hkft.events import Event, Notice, TrainStep
 from hkft.folder import RunFolder, read_json, read_jsonl
+from hkft.recipe import load
+from hkft.training import prepare
 from hkft.training import run as running
 from hkft.training.trainer import Trainer
 
@@ -147,7 +149,8 @@ def test_what_rows_say_stands_with_their_predictions(whole, reviews):
             assert set(row["text"].split()) <= {word.strip('",') for line in texts for word in line.split(",")} | texts
 
 
-def test_near_duplicates_and_the_adapter_are_in_the_folder(recipe_file, tmp_path, reviews):
+def test_near_duplicates_and_the_adapter_are_in_the_folder(recipe_file, tmp_path, reviews, monkeypatch):
+    monkeypatch.setenv("HKFT_CACHE", str(tmp_path / "cache"))
     lines = reviews.read_text().splitlines()
     text, rest = lines[1].split(",", 1)
     validation = tmp_path / "validation.csv"
@@ -160,6 +163,11 @@ def test_near_duplicates_and_the_adapter_are_in_the_folder(recipe_file, tmp_path
     almost = [pair for pair in near["pairs"] if pair["similarity"] < 1]
     assert any(pair["validation_text"] == f"{long}!" and pair["train_text"] == long for pair in almost)
     assert any("nearly stand in train" in record["text"] for record in done.records("notice"))
+    told: list[Event] = []
+    monkeypatch.setattr(prepare, "near_duplicates", None)  # they are looked for once
+    again = prepare.prepare(load(recipe_file, [f"data.validation={validation}"]), told.append)
+    assert again.near_duplicates == near
+    assert sum("nearly stand in train" in event.text for event in told if isinstance(event, Notice)) == 1
     modules = read_json(done.summary)["adapter"]
     assert len(modules) == 4
     assert all(0 < each["effective_rank"] <= each["rank"] == 4 for each in modules)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 import hkft
 from hkft.errors import DivergedError
+from hkft.training.sampler import LikeLengthSampler
 
 
 def build(tmp_path: Path, labels: list, *, dropout: Any = "none", **settings: Any) -> hkft.Trainer:
@@ -95,3 +97,24 @@ def test_every_rate_zero_warns_and_drops_the_second_pass(tmp_path):
     with pytest.warns(UserWarning, match="every dropout rate is 0: two passes would be equal"):
         trainer = build(tmp_path, [0, 1], dropout=method)
     assert trainer.consistency is None
+
+
+def test_lengths_of_many_rows_are_read_without_a_list_of_them(tmp_path, monkeypatch):
+    lengths = [5, 9, 7, 3, 8, 6, 4, 9]
+    trainer = build(
+        tmp_path, [0, 1] * 4, train_sampling_strategy="group_by_length", per_device_train_batch_size=2, seed=3
+    )
+    listed = trainer._get_train_sampler([{"input_ids": [1] * length} for length in lengths])
+    told = datasets.Dataset.from_dict({"length": lengths, "input_ids": [[1]] * 8}).select(range(8))
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.Dataset, "__getitem__", None)
+        counted = trainer._get_train_sampler(told)
+    assert isinstance(listed, LikeLengthSampler) and isinstance(counted, LikeLengthSampler)
+    assert counted.lengths.tolist() == lengths
+    assert (counted.batch_size, list(counted)) == (listed.batch_size, list(listed)) and counted.batch_size == 2
+    trainer.train_dataset = told
+    assert list(trainer._get_train_sampler()) == list(counted)
+    bare = trainer._get_train_sampler(told.remove_columns("length"))  # counted by transformers
+    assert isinstance(bare, LikeLengthSampler) and bare.lengths.tolist() == [1] * 8
+    trainer.args.train_sampling_strategy = "random"
+    assert not isinstance(trainer._get_train_sampler(), LikeLengthSampler)
