@@ -233,6 +233,8 @@ def _attend(
     scale = kwargs.get("scaling")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if guide and guide.rate:
+        if guide.begins:
+            guide.begins()  # what is told here is told in every pass
         guide.likely = most_attended(q, k, mask=mask, scale=scale, softcap=kwargs.get("softcap"))
     if not dropper or not dropper.rate:
         return own(module, query, key, value, attention_mask, **kwargs)

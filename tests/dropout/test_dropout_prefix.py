@@ -97,6 +97,17 @@ def names(model, prefix) -> list[str]:
     return [called[module] for module in prefix.modules or []]
 
 
+def test_an_attention_that_tells_where_to_cut_tells_it_in_both_passes(zoo):
+    model, batch = with_lora(zoo.build("bert")), zoo.inputs("bert")
+    method = hkft.METHODS["hiddencut-span"].with_rate(0.3)
+    method = hkft.Method(method.sites, hkft.Consistency("kl"))
+    with hkft.attach(model, method) as attachment:
+        for _ in range(3):
+            two_views(model, batch, method)
+        assert any(name.endswith("layer.0.attention.self.query") for name in names(model, attachment.prefix))
+        assert not any(name.endswith("layer.0.attention.self") for name in names(model, attachment.prefix))
+
+
 def test_nothing_is_left_on_the_modules(zoo):
     model, batch = with_lora(zoo.build("bert")), zoo.inputs("bert")
     method = hkft.METHODS["hiddenkey"]

@@ -49,7 +49,7 @@ def predicted(recipe: Recipe, material: Material) -> dict[str, int | None]:
 @pytest.mark.parametrize(
     "change",
     [
-        *(f"dropout.method={name}" for name in METHODS if name != "hiddencut-span"),
+        *(f"dropout.method={name}" for name in METHODS),
         "train.gradient_checkpointing=true",
         "lora.target_modules=all-linear",
         "train.per_device_train_batch_size=4",
