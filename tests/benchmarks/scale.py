@@ -19,7 +19,7 @@ Memory, above what the process held after its imports:
 length, vocabulary: a random Llama (two layers, hidden 128, LoRA on q_proj and v_proj) on the CPU, and a batch of rows whose
 second half is completion: one row of each length, vocabulary 4,096; two rows of 512 tokens for each vocabulary. A step is
 forward and backward pass of hkft's own objective, without the optimizer, under no method, HiddenKey- and HiddenKey; "look" is
-an evaluation of the same rows. Shown are the median time per token of `--repeats` steps, the peak of what PyTorch's allocator
+an evaluation of the same rows. Shown are the median time of the processors per token of `--repeats` steps, the peak of what PyTorch's allocator
 holds during a step above what it held before, and of both the ratio to the row before; beside them what [B,L,V] logits would
 take in float32, which nothing here holds.
  collect this file.
@@ -41,6 +41,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +172,10 @@ WAYS = ("none", "hiddenkey-", "hiddenkey", "look")
 
 
 def step_of(way: str, rows: int, length: int, vocabulary: int, repeats: int) -> tuple[float, int]:
-    """(median seconds, peak bytes) of a training step under a method, or of a look."""
+    """(median seconds of the processors, peak bytes) of a training step under a method, or of a look."""
     import datasets
     import torch
-    from attention import peak_bytes, seconds
+    from attention import peak_bytes
     from decoder import IGNORED, model_of, padded
 
     import hkft
@@ -204,7 +205,11 @@ def step_of(way: str, rows: int, length: int, vocabulary: int, repeats: int) -> 
         head = Vocabulary(model)
         step()
         peak = peak_bytes(step, device)
-        return statistics.median(seconds(step) for _ in range(repeats)), peak
+        times = [time.process_time()]
+        for _ in range(repeats):
+            step()
+            times.append(time.process_time())
+        return statistics.median(b - a for a, b in pairwise(times)), peak
 
 
 def shown(one: dict[str, float]) -> str:
