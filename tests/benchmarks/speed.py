@@ -1,7 +1,7 @@
 """hkft beside plain Trainer + PEFT: training, evaluation, tokenisation, memory and start-up, as ratios measured in one run.
 
-    python tests/benchmarks/speed.py [training] [evaluation] [tokenisation] [memory] [start] [score]
-        [--rounds 5] [--seeds 3] [--device cuda] [--json FILE]
+    python tests/benchmarks/speed.py [training] [profile] [evaluation] [tokenisation] [memory] [start] [score]
+        [--rounds 5] [--rows 1280] [--seeds 3] [--device cuda] [--json FILE]
 
 All parts but `score` if none is named. The task is the quickstart recipe's: MiniLM, Rotten Tomatoes, LoRA on query and value,
 batches of 32, no dropout of the model's own on either side. In each round every contender does the same work once, in random
@@ -9,9 +9,10 @@ order; shown is the ratio to the contender named, in the same round: its median 
 better, everywhere.
 
 training      one epoch of --rows rows, the Trainer's whole loop but for evaluation: samples per second. "random" batches are
-              plain Trainer's default, "grouped" its train_sampling_strategy "group_by_length". Twice, so that noise is seen.
+              plain Trainer's default, "grouped" its train_sampling_strategy "group_by_length": that twice, so that noise is seen.
               Below: real tokens (padding left out) per second times the floating-point operations of one token, forward and
               backward through the frozen linear maps, by what the machine's matrix products reach in the same minute.
+profile       where the time of a training step with method none goes, by PyTorch's profiler
 evaluation    one look at the recipe's whole validation set, 853 rows: Trainer.evaluate with its defaults (batches of 8, random order), the same with hkft's
               batch size, and hkft's look, which has a loss for every row besides
 tokenisation  the recipe's whole training set, 9,600 rows: `datasets.map` with the tokenizer, hkft's first start and its second, from the cache
@@ -43,6 +44,7 @@ import torch
 from attention import peak_bytes
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
+from torch.profiler import ProfilerActivity
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PrinterCallback, TrainingArguments
 from transformers import Trainer as PlainTrainer
 from transformers.utils import logging as transformers_logging
@@ -55,6 +57,15 @@ from hkft.recipe import Recipe, load
 from hkft.training import run
 
 METHODS = ("none", "dropkey", "dropattention", "hiddencut", "hiddenkey-", "hiddenkey")
+KINDS = {  # part of an operation's name -> kind of work
+    "mm": "products with the base's weights",
+    "attention": "attention",
+    "gelu": "GELU",
+    "layer_norm": "layer norm",
+    "copy_": "copies",
+    "add": "sums, products by numbers",
+    "mul": "sums, products by numbers",
+}
 PLAIN = ("plain, random", "plain, grouped")
 Values = dict[str, list[float]]
 
@@ -113,14 +124,14 @@ def timed(work: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(contenders: dict[str, Callable[[], float]], rounds: int) -> Values:
-    """Seconds of each, once a round, in random order; a first round warms up and is not counted."""
+def in_turns(contenders: dict[str, Callable[[], float]], rounds: int, warm: bool = False) -> Values:
+    """Seconds of each, once a round, in random order. A first round, unless they are warm, is not counted."""
     names, found = list(contenders), {name: [] for name in contenders}
-    for number in range(rounds + 1):
+    for number in range(rounds + (not warm)):
         random.shuffle(names)
         for name in names:
             seconds = contenders[name]()
-            if number:
+            if number or warm:
                 found[name].append(seconds)
     return found
 
@@ -138,7 +149,7 @@ def show(title: str, values: Values, beside: tuple[str, ...], unit: str = "") ->
 
 
 def matmul_rate(device: str) -> float:
-    """Floating-point operations per second of matrix products of MiniLM's shape, the best of a few."""
+    """Floating-point operations per second of matrix products of MiniLM's shape, the best of five times 40."""
     x, w = torch.randn(1024, 384, device=device), torch.randn(384, 1536, device=device)
     work = 2 * 1024 * 384 * 1536 * 40
 
@@ -172,9 +183,13 @@ def training(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
         return work
 
-    again = {f"{name}, once more": trainer for name, trainer in plains.items()}
-    trainers = {**plains, **again, **{f"hkft {method}": each.trainer for method, each in begun.items()}}
-    seconds = in_turns({name: epoch(trainer) for name, trainer in trainers.items()}, options.rounds)
+    trainers = {**plains, "plain, grouped, once more": plains["plain, grouped"]}
+    trainers |= {f"hkft {method}": each.trainer for method, each in begun.items()}
+    for trainer in trainers.values():
+        trainer.args.max_steps = 3
+        trainer.train()
+        trainer.args.max_steps = -1
+    seconds = in_turns({name: epoch(trainer) for name, trainer in trainers.items()}, options.rounds, warm=True)
     rows = first.material.examples["train"]
     tokens = sum(rows["length"][:])
     show(f"training, an epoch of {len(rows)} rows, {tokens:,} tokens", seconds, (*PLAIN, "hkft none"), "seconds")
@@ -188,6 +203,37 @@ def training(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             f"{name:28}{samples:8.1f} samples/s {per_second:8,.0f} tokens/s {share:8.1%} of the matrix products' rate"
         )
     return {"seconds": seconds, "matmul": rates}
+
+
+def profile(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Share of each kind of work in the time of the processor, or of the GPU."""
+    begun = began("none", options.device, folder, "data.train_rows=640", "data.validation_rows=32")
+    trainer, rank = begun.trainer, begun.recipe.lora["r"]
+    batches = [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
+
+    def step(batch: Any) -> None:
+        trainer.compute_loss(trainer.model, dict(batch)).backward()
+        trainer.model.zero_grad(set_to_none=True)
+
+    trainer.model.train()
+    for batch in batches[:3]:
+        step(batch)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if options.device == "cuda" else [])]
+    with torch.profiler.profile(activities=activities, record_shapes=True) as seen:
+        for batch in batches:
+            step(batch)
+    found: dict[str, float] = {}
+    for event in seen.key_averages(group_by_input_shape=True):
+        low = any(rank in shape for shape in event.input_shapes or ())
+        kind = next((kind for sign, kind in KINDS.items() if sign in event.key), "other")
+        kind = "LoRA's products" if kind == "products with the base's weights" and low else kind
+        took = event.self_device_time_total if options.device == "cuda" else event.self_cpu_time_total
+        found[kind] = found.get(kind, 0.0) + took
+    whole = sum(found.values())
+    print("\nprofile of a training step, method none")
+    for kind, took in sorted(found.items(), key=lambda each: -each[1]):
+        print(f"{kind:36}{took / whole:8.1%}")
+    return {kind: took / whole for kind, took in found.items()}
 
 
 def evaluation(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -321,14 +367,14 @@ def score(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return differences
 
 
-PARTS = {each.__name__: each for each in (training, evaluation, tokenisation, memory, start, score)}
+PARTS = {each.__name__: each for each in (training, profile, evaluation, tokenisation, memory, start, score)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=640, help="of an epoch, default 640")
+    parser.add_argument("--rows", type=int, default=1280, help="of an epoch, default 1280")
     parser.add_argument("--seeds", type=int, default=3, help="of score, default 3")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the seconds and bytes there")
