@@ -4,9 +4,9 @@
     python tests/benchmarks/scale.py length [--lengths 512,1024,2048,4096,8192] [--json FILE]
     python tests/benchmarks/scale.py vocabulary [--vocabularies 8000,32000,128000,256000] [--json FILE]
 
-rows: everything before there is a model. A csv of made sentences of 5 to 15 words, two classes, a tenth of it validation. Measured is what a run does with it:
-reading, canonical rows, drawing the split, duplicates, fingerprints, tokenising (a word-level tokenizer built here, at most
-32 tokens), the probe, and writing splits.json. Once with an empty cache ("first start"), and once more ("second start"),
+rows: everything before there is a model. A csv of made sentences of 5 to 15 words, two classes, a tenth of it validation.
+Measured is what a run does with it: reading, canonical rows, drawing the split, duplicates, fingerprints, tokenising (a
+word-level tokenizer built here, at most 32 tokens), the probe, and writing splits.json. Once with an empty cache ("first start"), and once more ("second start"),
 each in a process of its own. Time is from after the imports, and beside it that of the processors ("cpu"), which tells
 more where others use the machine; the file lies in the page cache. Looking for near-duplicates is part of it, and costs the
 same from 20,000 rows a side on. 10,000,000 rows are a csv of 0.9 GB and a few GB of cache: --folder says where, and nothing
@@ -18,11 +18,12 @@ Memory, above what the process held after its imports:
 
 length, vocabulary: a random Llama (two layers, hidden 128, LoRA on q_proj and v_proj) on the CPU, and a batch of rows whose
 second half is completion: one row of each length, vocabulary 4,096; two rows of 512 tokens for each vocabulary. A step is
-forward and backward pass of hkft's own objective, without the optimizer, under no method, HiddenKey- and HiddenKey; "look" is
-an evaluation of the same rows. Shown are the median time of the processors per token of `--repeats` steps, the peak of what PyTorch's allocator
-holds during a step above what it held before, and of both the ratio to the row before; beside them what [B,L,V] logits would
-take in float32, which nothing here holds.
- collect this file.
+forward and backward pass of hkft's own objective, without the optimizer, under no method, HiddenKey- and HiddenKey; "look"
+is an evaluation of the same rows. Shown are the median time of the processors per token of `--repeats` steps, the peak of
+what PyTorch's allocator holds during a step above what it held before, and of both the ratio to the row before; beside them
+what [B,L,V] logits would take in float32, which nothing here holds.
+
+pytest does not collect this file.
 """
 
 from __future__ import annotations
