@@ -260,7 +260,10 @@ def _self_check(begun: Begun) -> dict[str, Any]:
 
 
 def trainer_of(recipe: Recipe, material: Material, model: PeftModel, folder: RunFolder, tell: Listener) -> Trainer:
-    """What trains the model of a recipe. Raises MethodError for a method that the model cannot carry, SetupError for a logger that is not installed."""
+    """What trains the model of a recipe.
+
+    Raises MethodError for a method that the model cannot carry, SetupError for a logger that is not installed.
+    """
     settings = arguments(recipe, folder)
     if recipe.diagnostics.average is not None and (settings.fsdp or settings.deepspeed):
         raise RecipeError("the adapter is spread over devices, and cannot be averaged", where="diagnostics.average")

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-POOL = (
-    100  # batches among whose rows those of like length are looked for: 2 % of padding on sentences of 5 to 60 tokens
-)
+# Batches among whose rows those of like length are looked for: 2 % of padding on sentences of 5 to 60 tokens.
+POOL = 100
 
 
 class LikeLengthSampler(Sampler[int]):

@@ -19,17 +19,14 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
-import psutil
+import footprint
 
 CONTENDERS = ("peft", "hkft")
 KINDS = {"seconds": "time", "peak": "peak", "private": "private"}
@@ -91,27 +88,7 @@ def measured(contender: str, folder: Path, out: Path, dtype: str) -> dict[str, f
     import hkft.merging.streaming  # noqa: F401
 
     assert peft and torch and transformers.LlamaForCausalLM
-    process, over, most = psutil.Process(), threading.Event(), 0
-
-    def private() -> int:
-        held = process.memory_info()
-        return held.rss - getattr(held, "shared", 0)
-
-    def watch() -> None:
-        nonlocal most
-        while not over.wait(0.005):
-            most = max(most, private())
-
-    before, before_private = process.memory_info().rss, private()
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    (by_peft if contender == "peft" else by_hkft)(folder, out, dtype)
-    seconds = time.perf_counter() - start
-    over.set()
-    watcher.join()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"seconds": seconds, "peak": peak - before, "private": most - before_private}
+    return footprint.measured(lambda: (by_peft if contender == "peft" else by_hkft)(folder, out, dtype))
 
 
 def in_process(*given: str) -> str:

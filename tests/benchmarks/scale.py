@@ -33,20 +33,17 @@ import json
 import os
 import platform
 import random
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import psutil
+from footprint import measured
 
 SYLLABLES = [a + b for a in "bdfghklmnprst" for b in ("a", "e", "in", "or")]
 WORDS = [a + b + c for a in SYLLABLES for b in SYLLABLES for c in ("", "s", "ly", "ness")]
@@ -91,31 +88,6 @@ def start_run(folder: Path) -> None:
     build.tokenizer = lambda recipe: words
     material = prepare(load(folder / "recipe.yaml"), lambda event: None)
     write_json(folder / "splits.json", {**material.ids, "labels": material.labels})
-
-
-def measured(work: Callable[[], None]) -> dict[str, float]:
-    """Seconds and bytes of `work`, in this process."""
-    process, over, most = psutil.Process(), threading.Event(), 0
-
-    def private() -> int:
-        held = process.memory_info()
-        return held.rss - getattr(held, "shared", 0)
-
-    def watch() -> None:
-        nonlocal most
-        while not over.wait(0.005):
-            most = max(most, private())
-
-    before, before_private = process.memory_info().rss, private()
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start, used = time.perf_counter(), time.process_time()
-    work()
-    seconds, cpu = time.perf_counter() - start, time.process_time() - used
-    over.set()
-    watcher.join()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"seconds": seconds, "cpu": cpu, "peak": peak - before, "private": most - before_private}
 
 
 def in_process(folder: Path, *given: str) -> dict[str, float]:
