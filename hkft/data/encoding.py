@@ -125,13 +125,18 @@ def _processes(rows: int) -> int:
 
 @contextmanager
 def _single_threads() -> Iterator[None]:
-    """Tokenizers without threads of their own, which do not survive a fork."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
+    """Tokenizers without threads of their own, which do not survive a fork.
+
+    And the process's own `os.environ` afterwards: `datasets` leaves a copy in its place, which whoever holds the first
+    no longer hears of.
+    """
+    name, environ = "TOKENIZERS_PARALLELISM", os.environ
+    before = environ.get(name)
+    environ[name] = "false"
     try:
         yield
     finally:
+        os.environ = environ  # noqa: B003
         if before is None:
             del os.environ[name]
         else:

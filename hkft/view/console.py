@@ -24,12 +24,13 @@ def output(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False)
 
 
-def plain_is_asked(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the user's NO_COLOR or CI is set: no control codes then, no bars."""
+def plain_is_asked(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the user's NO_COLOR or CI is set: no control codes then, no bars. environ: None is the process's own."""
+    environ = os.environ if environ is None else environ
     return any(environ.get(name, "").lower() not in OFF for name in ("NO_COLOR", "CI"))
 
 
-def is_plain(console: Console, environ: Mapping[str, str] = os.environ) -> bool:
+def is_plain(console: Console, environ: Mapping[str, str] | None = None) -> bool:
     """No terminal, a dumb one, or what `plain_is_asked` says: one line after the other."""
     return plain_is_asked(environ) or not console.is_terminal or console.is_dumb_terminal
 

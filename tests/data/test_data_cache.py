@@ -262,7 +262,7 @@ def test_a_killed_process_leaves_nothing_that_is_read(place, tell):
 
 def test_many_rows_are_encoded_by_several_processes(tell, place, monkeypatch):
     monkeypatch.setattr(encoding, "_processes", lambda rows: 2)
-    given, words = rows(*ROWS * 700), tokenizer()
+    given, words, environ = rows(*ROWS * 700), tokenizer(), os.environ
     features = datasets.Features({"n": datasets.Value("int64")})
 
     def measured(batch):
@@ -276,6 +276,7 @@ def test_many_rows_are_encoded_by_several_processes(tell, place, monkeypatch):
         "rows_00001_of_00002.arrow",
     ]
     assert words.is_fast and encoding._processes(10) == 2
+    assert os.environ is environ  # and not the copy that `datasets` puts in its place
 
 
 # --- its size ---------------------------------------------------------------------------------------------------------
