@@ -21,6 +21,7 @@ from hkft.diagnostics.uncertainty import Losses
 from hkft.dropout.modes import evaluating
 from hkft.evaluation.metrics import LOSSES, score
 from hkft.events import Listener, Stage, silent
+from hkft.model.first_token import first_token
 
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, torch.Tensor]]
 
@@ -124,7 +125,8 @@ def predict(
         for rows in longest_first(column_of(examples, "length"), batch_size, tell, text):
             batch = on_device(model, collate([examples[row] for row in rows]))
             batch.pop("labels", None)
-            pieces.append(model(**batch).logits.float().cpu().numpy())
+            with first_token(model, batch):
+                pieces.append(model(**batch).logits.float().cpu().numpy())
             order += rows
     logits = np.concatenate(pieces)[np.argsort(order)]
     labels = column_of(examples, "labels") if "labels" in examples.column_names else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import datasets
@@ -19,6 +20,7 @@ from hkft.dropout.attach import attach
 from hkft.dropout.method import Consistency, Method
 from hkft.dropout.selfcheck import untouched
 from hkft.errors import DataError, DivergedError
+from hkft.model.first_token import first_token
 from hkft.model.vocabulary import Vocabulary
 from hkft.training.objective import IGNORED, Objective, learns_tokens, objective, token_objective
 from hkft.training.sampler import LikeLengthSampler
@@ -105,7 +107,9 @@ class Trainer(TransformersTrainer):
         labels = inputs.get("labels")
         if not logits and self._on_tokens(model, labels):
             return self._tokens(model, inputs, self.consistency)
-        return objective(model, forward, self.consistency if model.training else None, labels)
+        assert self.model is not None
+        with nullcontext() if logits else first_token(self.model, inputs):
+            return objective(model, forward, self.consistency if model.training else None, labels)
 
     def _on_tokens(self, model: nn.Module, labels: Tensor | None) -> bool:
         """Whether this is a training pass of a decoder on its next token."""
@@ -161,7 +165,8 @@ class Trainer(TransformersTrainer):
         """One pass over a batch as training makes it, without the consistency: its loss, and the model's outputs or states."""
         with self.compute_loss_context_manager():
             if not learns_tokens(model):
-                return model(**inputs)
+                with first_token(model, inputs):
+                    return model(**inputs)
             found = self._tokens(model, inputs, None)
             return {"loss": found.loss, **found.outputs}
 
