@@ -22,18 +22,25 @@ def train(
     *,
     output: str | Path | None = None,
     resume: bool = False,
+    force: bool = False,
     tell: Listener = silent,
     shelf: Shelf | None = None,
 ) -> RunFolder:
     """What `hkft train` does: run a recipe (a name, a path, or a loaded one), write its report, return the run folder.
 
-    overrides: `section.key=value`, as `--set` takes them. tell: a listener for `hkft.events`. shelf: what other runs of the
-    process have loaded. Raises HkftError, and KeyboardInterrupt after a checkpoint; the report is written in either case,
+    overrides: `section.key=value`, as `--set` takes them. force: resume under a recipe or rows that have changed. tell: a
+    listener for `hkft.events`. shelf: what other runs of the process have loaded. Raises HkftError, and KeyboardInterrupt after a checkpoint; the report is written in either case,
     of what there is.
     """
+    from hkft.folder import RunFolder
     from hkft.training import run
 
-    began = run.begin(_loaded(recipe, overrides), output, resume=resume, tell=tell, shelf=shelf)
+    chosen = _loaded(recipe, overrides)
+    folder = RunFolder(Path(output) if output else run.default_folder(chosen))
+    if resume and folder.status == "finished" and not folder.card.exists():  # killed once all else was done
+        write_pages(folder)
+        return folder
+    began = run.begin(chosen, folder.path, resume=resume, force=force, tell=tell, shelf=shelf)
     try:
         began.fit()
     finally:

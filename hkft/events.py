@@ -98,6 +98,7 @@ class Evaluated:
     regularisation: Mapping[str, float] | None = None
     accuracy_interval: tuple[float, float] | None = None  # of its change since validation loss was lowest
     rise_p: float | None = None  # of the validation loss up to here, see `hkft.diagnostics.uncertainty`
+    extra: bool = False  # where an interrupted run stopped: not among the looks that were planned, and never the best
 
 
 @dataclass(frozen=True, slots=True)

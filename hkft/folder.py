@@ -17,6 +17,7 @@ from hkft.errors import DataError, UsageError
 from hkft.events import Event, Stage, as_record
 
 SCHEMA_VERSION = 1
+SEAL = "complete.json"  # in a checkpoint, written last
 PIECE = 10_000  # numbers of an array that are written at a time
 
 
@@ -132,8 +133,12 @@ class RunFolder:
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end."""
-        found = [p for p in self.checkpoints.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
+        found = [p for p in self.checkpoints.glob("checkpoint-*") if is_whole(p)]
         return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+    def torn_checkpoints(self) -> list[Path]:
+        """Those that were not: the run was killed while it wrote them, or a file of theirs is gone or cut since."""
+        return sorted(p for p in self.checkpoints.glob("checkpoint-*") if not is_whole(p))
 
 
 def open_run(path: str | Path) -> RunFolder:
@@ -146,6 +151,34 @@ def open_run(path: str | Path) -> RunFolder:
             allowed="a folder that `hkft train` has written, with resolved.yaml and summary.json",
         )
     return folder
+
+
+def seal(checkpoint: Path, told: Mapping[str, Any]) -> None:
+    """Mark a checkpoint as written to its end: what is `told` of it, and the size of every file."""
+    write_json(checkpoint / SEAL, {**told, "files": _sizes(checkpoint)})
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint is sealed, and every file is there as it was then."""
+    try:
+        files = read_json(checkpoint / SEAL)["files"]
+    except (DataError, KeyError):
+        return False
+    there = _sizes(checkpoint)
+    return all(there.get(name) == size for name, size in files.items())
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Every file of a folder into another, each in the place of one of its name at once; the first is gone then."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        path.replace(target / path.name)
+    source.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

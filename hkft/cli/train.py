@@ -19,6 +19,9 @@ def train(
         Path | None, typer.Option(help="The run folder. Default: runs/<recipe>-<method>-s<seed>-<hash>")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that folder.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --resume: go on although the recipe or the data has changed.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show every value and where it comes from; train nothing.")
     ] = False,
@@ -40,7 +43,7 @@ def train(
         from hkft import api
         from hkft.folder import read_json
 
-        folder = api.train(loaded, output=output, resume=resume, tell=tell)
+        folder = api.train(loaded, output=output, resume=resume, force=force, tell=tell)
     if json:
         show_json({"run": str(folder.path), **read_json(folder.summary)})
     return None

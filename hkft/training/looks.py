@@ -6,6 +6,7 @@ here instead. It tells the events, keeps the best adapter, and stops on a signal
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import threading
@@ -26,7 +27,7 @@ from hkft.dropout.method import Consistency
 from hkft.errors import DivergedError
 from hkft.evaluation.completions import Completions
 from hkft.evaluation.predict import Predictions
-from hkft.events import Evaluated, Listener, TrainStep
+from hkft.events import Evaluated, Listener, Notice, TrainStep
 
 SPLITS = ("train_probe", "validation")
 
@@ -143,7 +144,13 @@ class Looks(TrainerCallback):
         """The best look so far, by the criterion; the first of equals."""
         return next((seen for seen in reversed(self.curve) if seen.best), None)
 
-    def _look(self, state: TrainerState) -> None:
+    def look_once_more(self, state: TrainerState) -> None:
+        """A look beside those that were planned, where an interrupted run ends: it is never the best, and a resumed run drops it."""
+        if self.curve and self.curve[-1].step != state.global_step:
+            with self.applied():
+                self._look(state, extra=True)
+
+    def _look(self, state: TrainerState, extra: bool = False) -> None:
         began = time.perf_counter()
         seen = {split: self.look(split) for split in SPLITS}
         metrics = {split: predictions.metrics() for split, predictions in seen.items()}
@@ -154,7 +161,7 @@ class Looks(TrainerCallback):
                     f"the {split.replace('_', ' ')} loss is {metrics[split]['loss']} at step {step}",
                     hint="lower train.learning_rate",
                 )
-        best = step > 0 and self._improves(metrics["validation"])
+        best = step > 0 and not extra and self._improves(metrics["validation"])
         if best:
             self.keep(seen)
         self.remember(step, seen)
@@ -176,6 +183,7 @@ class Looks(TrainerCallback):
             regularisation=self._regularisation(seen["train_probe"].by_row),
             accuracy_interval=None if self.forgotten else _change(lowest.right, seen["validation"].right),
             rise_p=None if self.forgotten else rise_p([rows.losses for rows in self.rows]),
+            extra=extra,
         )
         self.curve.append(evaluated)
         self.log(numbers(evaluated))
@@ -239,3 +247,5 @@ class StopOnSignal:
         if self.looks.interrupted is not None:
             raise KeyboardInterrupt
         self.looks.interrupted = number
+        with contextlib.suppress(RuntimeError):  # where the signal came while something was printed
+            self.looks.tell(Notice("stopping after this step, with a checkpoint; once more stops at once", "warning"))

@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from peft import PeftModel
 from transformers import PrinterCallback, set_seed
 
@@ -20,19 +19,18 @@ from hkft.data import tokenise
 from hkft.data.sources import cells_of
 from hkft.data.tokenise import texts_of
 from hkft.diagnostics.decomposition import Added
-from hkft.diagnostics.history import losses_of
 from hkft.dropout.method import Method
 from hkft.dropout.selfcheck import self_check
 from hkft.errors import HkftError, RecipeError, SetupError, Terminated, UsageError
 from hkft.evaluation.completions import Completions
 from hkft.evaluation.look import look
 from hkft.evaluation.predict import Predictions
-from hkft.events import Evaluated, Event, Finished, Listener, Notice, Stage, silent
+from hkft.events import Event, Finished, Listener, Notice, Stage, silent
 from hkft.folder import (
     RunFolder,
     check_place,
+    move_files,
     read_json,
-    read_jsonl,
     write_json,
     write_jsonl,
     write_text,
@@ -43,6 +41,7 @@ from hkft.recipe import Recipe
 from hkft.training import environment, looks
 from hkft.training.average import Average
 from hkft.training.prepare import Material, arguments, check_criterion, step_counts
+from hkft.training.resume import Seal, check_recipe, check_rows, is_beginning, take_up
 from hkft.training.shelf import Shelf
 from hkft.training.summary import started, summarise
 from hkft.training.trainer import Trainer
@@ -67,6 +66,7 @@ class Begun:
     folder: RunFolder
     tell: Listener
     resume: bool
+    other_rows: bool  # than the run was started with
     held: ExitStack  # the folder, until the run has ended
 
     def fit(self) -> None:
@@ -83,18 +83,19 @@ def begin(
     output: str | Path | None = None,
     *,
     resume: bool = False,
+    force: bool = False,
     tell: Listener = silent,
     shelf: Shelf | None = None,
 ) -> Begun:
     """Load everything a recipe names, and open its folder: what can be wrong before training is found before it.
 
-    shelf: what other runs of the process have loaded already.
+    force: resume under a recipe or rows that have changed. shelf: what other runs of the process have loaded already.
 
     Raises UsageError where the folder holds a run already (a finished one is never overwritten), and what the rooms
     raise, with nothing written.
     """
     folder = RunFolder(Path(output) if output else default_folder(recipe))
-    _check_free(folder, recipe, resume)
+    changed = _check_free(folder, recipe, resume, force)
     notices: list[Event] = []
 
     def heard(event: Event) -> None:
@@ -113,7 +114,9 @@ def begin(
         trainer = trainer_of(recipe, material, model, folder, heard)
         if int(os.environ.get("RANK", "0")) == 0:  # of several processes of one run the first one writes
             held.enter_context(folder.held())
-        _open(folder, recipe, material, resume)
+        other_rows = check_rows(folder, material.fingerprints, force) if resume else []
+        if not resume or changed or other_rows:
+            _write(folder, recipe, material)
         held = held.pop_all()
 
     said = {notice.text for notice in notices if isinstance(notice, Notice)}
@@ -129,68 +132,69 @@ def begin(
     if not resume:
         for notice in notices:
             folder.append(notice)
-    return Begun(recipe, material, trainer, folder, told, resume, held)
+    if changed := [*changed, *(f"other rows in {name}" for name in other_rows)]:
+        told(Notice(f"resumed with what is not as it was: {'; '.join(changed)}", "warning"))
+    return Begun(recipe, material, trainer, folder, told, resume, bool(other_rows), held)
 
 
 def train(
-    recipe: Recipe, output: str | Path | None = None, *, resume: bool = False, tell: Listener = silent
+    recipe: Recipe,
+    output: str | Path | None = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    tell: Listener = silent,
 ) -> RunFolder:
     """`begin` and `fit`: run a recipe to its end, and return its folder."""
-    begun = begin(recipe, output, resume=resume, tell=tell)
+    begun = begin(recipe, output, resume=resume, force=force, tell=tell)
     begun.fit()
     return begun.folder
 
 
-def _check_free(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
+def _check_free(folder: RunFolder, recipe: Recipe, resume: bool, force: bool) -> list[str]:
+    """Whether a run may begin here, or go on; what its recipe has otherwise than when it began. Raises UsageError."""
     check_place(folder.path)
+    if force and not resume:
+        raise UsageError("--force is for --resume", hint="--output names another folder for a new run")
     if resume:
         if not folder.exists:
             raise UsageError("there is no run to resume", where=str(folder.path), hint="leave out --resume")
         if folder.status == "finished":
             raise UsageError("this run is finished", where=str(folder.path), hint=f"hkft eval {folder.path}")
-        if folder.resolved.read_text(encoding="utf-8") != recipe.resolved():
-            raise UsageError(
-                "the run in this folder was started with another recipe",
-                where=str(folder.resolved),
-                hint=f"hkft train --recipe {folder.resolved} --output {folder.path} --resume",
-            )
-    elif folder.exists:
+        return check_recipe(folder, recipe, force)
+    if folder.exists:
         state = folder.status
         raise UsageError(
             f"there is {'a finished' if state == 'finished' else 'an unfinished'} run in this folder already",
             where=str(folder.path),
             hint="--output names another folder" + ("" if state == "finished" else ", --resume continues this one"),
         )
-    elif folder.path.exists() and any(folder.path.iterdir()):
+    if not is_beginning(folder):
         raise UsageError("the output folder is not empty", where=str(folder.path), hint="--output names another folder")
+    return []
 
 
-def _open(folder: RunFolder, recipe: Recipe, material: Material, resume: bool) -> None:
-    """Create the folder, once everything that can be wrong with recipe, data and model has been looked at."""
-    if resume:
-        if read_json(folder.environment)["data"] != material.fingerprints:
-            raise UsageError("the data has changed since this run was started", where=str(folder.environment))
-        return
+def _write(folder: RunFolder, recipe: Recipe, material: Material) -> None:
+    """What a run is of, once everything that can be wrong with it has been looked at. What makes the folder a run comes last."""
     write_text(folder.recipe, recipe.source)
-    write_text(folder.resolved, recipe.resolved())
     write_json(folder.environment, environment.describe(recipe, material.fingerprints, material.tokenizer))
     told = {name: getattr(material, name) for name in ("labels", "duplicates", "near_duplicates")}
     write_json(folder.splits, {**material.ids, **told})
+    write_text(folder.resolved, recipe.resolved())
 
 
 def _fit(begun: Begun) -> None:
     recipe, material, trainer, folder = begun.recipe, begun.material, begun.trainer, begun.folder
     tell, resume = begun.tell, begun.resume
     watcher = _watcher(recipe, material, folder, trainer, tell)
-    checkpoint = folder.last_checkpoint() if resume else None
-    if resume:
-        _take_up(folder, watcher, checkpoint)
+    checkpoint = take_up(folder, watcher, begun.other_rows, tell) if resume else None
     trainer.remove_callback(PrinterCallback)
     if recipe.diagnostics.average is not None:
         average = Average(_adapted(trainer), recipe.diagnostics.average)
         trainer.add_callback(average)  # before the watcher: at its looks the step is in the average
         watcher.applied = average.applied
     trainer.add_callback(watcher)
+    trainer.add_callback(Seal(watcher.clock, trainer.accelerator.wait_for_everyone))
     trainable, total = build.parameters(_adapted(trainer))
     tell(started(recipe, material, folder, trainer, watcher, trainable, total))
     facts: dict[str, Any] = {
@@ -208,14 +212,20 @@ def _fit(begun: Begun) -> None:
         environment.forget_peak(trainer.args.device)
         with memory.while_training(recipe), looks.StopOnSignal(watcher):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            whole = trainer.state.global_step >= watcher.at[-1] or watcher.interrupted is None
+            status = "finished" if whole else "interrupted"
+            if not whole:
+                watcher.look_once_more(trainer.state)
         with watcher.applied():
             facts["adapter"] = [asdict(update) for update in updates(_adapted(trainer))]
-        status = "interrupted" if watcher.interrupted is not None else "finished"
     except HkftError as error:
         facts = {**facts, "error": str(error)}
         raise
     except KeyboardInterrupt:
         status = "interrupted"
+        raise
+    except Exception as error:
+        facts = {**facts, "error": f"{type(error).__name__}: {error}"}
         raise
     finally:
         told = summarise(recipe, folder, watcher, trainer, status, facts)
@@ -223,7 +233,7 @@ def _fit(begun: Begun) -> None:
         if status != "failed":
             tell(Finished(str(folder.path), told, trainer.attachment.report()))
         trainer.attachment.detach()
-    if status == "interrupted":
+    if watcher.interrupted is not None:
         raise Terminated if watcher.interrupted == signal.SIGTERM else KeyboardInterrupt
 
 
@@ -355,8 +365,11 @@ def _watcher(
         return texts_of(material.examples[split], material.tokenizer)
 
     def keep(seen: Mapping[str, Predictions | Completions]) -> None:
-        model.save_pretrained(str(folder.adapter))
-        material.tokenizer.save_pretrained(str(folder.adapter))
+        beside = folder.adapter.with_name(".adapter.partial")
+        shutil.rmtree(beside, ignore_errors=True)
+        model.save_pretrained(str(beside))
+        material.tokenizer.save_pretrained(str(beside))
+        move_files(beside, folder.adapter)
         for split, predictions in seen.items():
             write_jsonl(folder.predictions(split), predictions.records(material.labels, texts(split)))
 
@@ -383,25 +396,3 @@ def _of_rows(seen: Predictions | Completions) -> dict[str, Any]:
         "items": None if (rows.items == 1).all() else rows.items.tolist(),
         "right": None if right is None else right.astype(int).tolist(),
     }
-
-
-def _take_up(folder: RunFolder, watcher: looks.Looks, checkpoint: Path | None) -> None:
-    """Bring the curve back to where the checkpoint stands, and forget what came after it."""
-    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
-    kept = [r for r in folder.records() if r.get("step", -1) <= step or r["event"] == "notice"]
-    write_jsonl(folder.metrics, [r for r in kept if checkpoint or r["event"] == "notice"])
-    for record in folder.records("eval"):
-        record.pop("event")
-        watcher.curve.append(Evaluated(**record))
-    past = [record for record in read_jsonl(folder.history) if record["step"] <= step]
-    write_jsonl(folder.history, past)
-    watcher.forgotten = {look.step for look in watcher.curve} != {record["step"] for record in past}
-    for record in past:
-        right = record["validation"]["right"]
-        groups = None if record["groups"] is None else np.array(record["groups"])
-        losses = losses_of(record["validation"]).grouped(groups)
-        watcher.rows.append(looks.Rows(losses, None if right is None else np.array(right, dtype=bool)))
-    if folder.summary.exists():
-        summary = read_json(folder.summary) if checkpoint else {}
-        watcher.clock.before = float(summary.get("train_runtime_s") or 0.0)
-        watcher.clock.looked = float(summary.get("eval_runtime_s") or 0.0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import datasets
@@ -19,7 +20,7 @@ from hkft.diagnostics.decomposition import Added
 from hkft.dropout.attach import attach
 from hkft.dropout.method import Consistency, Method
 from hkft.dropout.selfcheck import untouched
-from hkft.errors import DataError, DivergedError
+from hkft.errors import DataError, DivergedError, SetupError
 from hkft.model.first_token import first_token
 from hkft.model.vocabulary import Vocabulary
 from hkft.training.objective import IGNORED, Objective, learns_tokens, objective, token_objective
@@ -194,6 +195,14 @@ class Trainer(TransformersTrainer):
             )
         return loss
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with _fits(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _fits(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self._counts is not None:
             samples, tokens = self._of_all(self._counts)
@@ -237,3 +246,17 @@ class Trainer(TransformersTrainer):
         counts = torch.stack([number.long() for number in seen])
         self._sums = sums if self._sums is None else self._sums + sums
         self._counts = counts if self._counts is None else self._counts + counts
+
+
+@contextmanager
+def _fits(checkpoint: str | None) -> Iterator[None]:
+    """Raise SetupError for a checkpoint of another model or optimizer."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise SetupError(
+            "the checkpoint does not fit the model or the optimizer of now",
+            where=checkpoint,
+            found=str(error).strip().splitlines()[-1].strip(),
+            hint="go on under the recipe the run was started with, or train anew under another --output",
+        ) from error

@@ -10,7 +10,7 @@ from hkft.comparison.compare import Failure
 from hkft.dropout.named import METHODS
 from hkft.errors import DataError, DivergedError, HkftError, MethodError, UsageError
 from hkft.events import Notice, Stage
-from hkft.folder import RunFolder, read_json, write_json, write_text
+from hkft.folder import RunFolder, read_json, seal, write_json, write_text
 
 
 def names(cells):
@@ -108,7 +108,7 @@ def unfinished(folder: Path, cell: grid.Cell, checkpoint: bool) -> RunFolder:
     write_json(run.summary, {"status": "interrupted"})
     write_text(run.metrics, "old\n")
     if checkpoint:
-        write_json(run.checkpoints / "checkpoint-5" / "trainer_state.json", {})
+        seal(run.checkpoints / "checkpoint-5", {"step": 5})
     return run
 
 

@@ -25,7 +25,7 @@ from hkft.errors import (
     UsageError,
 )
 from hkft.events import Finished, Notice, Stage
-from hkft.folder import RunFolder, read_json, write_json
+from hkft.folder import RunFolder, read_json, seal, write_json
 from hkft.recipe import load
 
 
@@ -130,7 +130,7 @@ def test_what_is_done_does_not_run_and_what_lacks_its_test_is_looked_at(process,
 def test_a_checkpoint_is_resumed(process, recipe, tmp_path, write_run):
     (cell,) = grid.cells(recipe, ["none"], 1)
     write_run(tmp_path / cell.name, cell.recipe, status="interrupted")
-    write_json(tmp_path / cell.name / "checkpoints" / "checkpoint-5" / "trainer_state.json", {})
+    seal(tmp_path / cell.name / "checkpoints" / "checkpoint-5", {"step": 5})
     jobs.run([cell], tmp_path, 2, lambda _: None)
     ((command, _),) = process.calls
     assert command[-2:] == ["--resume", "--json"]
