@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hkft.errors import HkftError
 from hkft.events import Listener, Notice, Stage, silent
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def train(
     """
     from hkft.folder import RunFolder
     from hkft.training import run
+    from hkft.training.mishaps import writing
 
     chosen = _loaded(recipe, overrides)
     folder = RunFolder(Path(output) if output else run.default_folder(chosen))
@@ -43,9 +46,13 @@ def train(
     began = run.begin(chosen, folder.path, resume=resume, force=force, tell=tell, shelf=shelf)
     try:
         began.fit()
-    finally:
-        write_pages(began.folder)
-    return began.folder
+    except BaseException:
+        with suppress(OSError, HkftError):  # which are not to hide why
+            write_pages(folder)
+        raise
+    with writing(folder):
+        write_pages(folder)
+    return folder
 
 
 def evaluate_test(folder: RunFolder, tell: Listener = silent, shelf: Shelf | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json as jsonlib
 import logging
@@ -37,6 +38,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 ALONE = "alone"  # typer's context object where the process does nothing else than one command
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a write that fails so names no file
+
 P = ParamSpec("P")
 
 
@@ -52,9 +55,10 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             with terminable():
                 command(*args, **kwargs)
         except (HkftError, OSError) as error:
-            if isinstance(error, OSError) and error.filename is None:
+            if isinstance(error, OSError) and error.filename is None and error.errno not in FULL:
                 raise
-            told = error if isinstance(error, HkftError) else SetupError(str(error.strerror), where=str(error.filename))
+            place = None if isinstance(error, HkftError) else str(error.filename or "where the output goes")
+            told = error if isinstance(error, HkftError) else SetupError(str(error.strerror), where=place)
             if kwargs.get("debug"):
                 traceback.print_exc()
             if kwargs.get("json"):

@@ -39,10 +39,18 @@ def while_training(recipe: Recipe) -> AbstractContextManager[None]:
     return out_of_memory(
         "training",
         f"--set train.per_device_train_batch_size={max(1, batch // 2)} --set train.gradient_accumulation_steps=2, "
-        "--set train.gradient_checkpointing=true, or --set model.quantization=4bit",
+        f"--set train.{checkpointing()}=true, or --set model.quantization=4bit",
         where="train.per_device_train_batch_size",
         found=str(batch),
     )
+
+
+def checkpointing() -> str:
+    """What the installed transformers calls the setting that computes activations again instead of keeping them."""
+    from transformers import TrainingArguments
+
+    names = TrainingArguments.__dataclass_fields__
+    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
 
 def while_looking(recipe: Recipe) -> AbstractContextManager[None]:

@@ -146,6 +146,9 @@ class Model(Section):
 
     name: Text = Field(description="hub id | local folder | package:<python package>/<path inside it>")
     revision: Text | None = Field(None, description="branch, tag or commit of a hub model")
+    adapter: Text | None = Field(
+        None, description="an adapter, or a run with one, whose weights a new run begins with; null: a new adapter"
+    )
     quantization: Literal["none", "8bit", "4bit"] = Field("none", description="none | 8bit | 4bit (QLoRA)")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",

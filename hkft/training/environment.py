@@ -17,6 +17,7 @@ from huggingface_hub import is_offline_mode
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from hkft.model.build import device, location
+from hkft.model.warm import source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,11 +36,23 @@ def describe(recipe: Recipe, fingerprints: Mapping[str, str], tokenizer: PreTrai
         "device": device_name(device(recipe.model.device)),
         "threads": torch.get_num_threads(),
         "jobs": int(os.environ.get("HKFT_JOBS", "1")),  # cells of a comparison that ran at a time
-        "model": {"name": recipe.model.name, "revision": _commit(recipe) or recipe.model.revision},
+        "model": {
+            "name": recipe.model.name,
+            "revision": _commit(recipe) or recipe.model.revision,
+            **_began_with(recipe),
+        },
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
         "data": dict(fingerprints),
         "recipe": recipe.listed(),
     }
+
+
+def _began_with(recipe: Recipe) -> dict[str, str]:
+    """The adapter that a warm start begins with, and its content."""
+    if recipe.model.adapter is None:
+        return {}
+    weights = source(recipe.model.adapter)[1] / "adapter_model.safetensors"
+    return {"adapter": recipe.model.adapter, "adapter_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
 
 
 def device_name(place: torch.device) -> str:

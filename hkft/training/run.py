@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -37,9 +37,11 @@ from hkft.folder import (
 )
 from hkft.model import build, memory
 from hkft.model.adapter import updates
+from hkft.model.warm import start_from_adapter
 from hkft.recipe import Recipe
 from hkft.training import environment, looks
 from hkft.training.average import Average
+from hkft.training.mishaps import guard_loggers, working, writing
 from hkft.training.prepare import Material, arguments, check_criterion, step_counts
 from hkft.training.resume import Seal, check_recipe, check_rows, is_beginning, take_up
 from hkft.training.shelf import Shelf
@@ -110,13 +112,15 @@ def begin(
     set_seed(recipe.seed)
     with memory.while_loading(recipe):
         model = build.with_lora(shelf.base(recipe, material.labels, build.padding_id(material.tokenizer)), recipe)
+        start_from_adapter(model, recipe, material.labels, heard)
     with _nothing_left(folder.path), ExitStack() as held:
         trainer = trainer_of(recipe, material, model, folder, heard)
         if int(os.environ.get("RANK", "0")) == 0:  # of several processes of one run the first one writes
             held.enter_context(folder.held())
         other_rows = check_rows(folder, material.fingerprints, force) if resume else []
         if not resume or changed or other_rows:
-            _write(folder, recipe, material)
+            with writing(folder):
+                _write(folder, recipe, material)
         held = held.pop_all()
 
     said = {notice.text for notice in notices if isinstance(notice, Notice)}
@@ -196,6 +200,7 @@ def _fit(begun: Begun) -> None:
     trainer.add_callback(watcher)
     trainer.add_callback(Seal(watcher.clock, trainer.accelerator.wait_for_everyone))
     trainable, total = build.parameters(_adapted(trainer))
+    guard_loggers(trainer.callback_handler.callbacks, (Average, looks.Looks, Seal), tell)
     tell(started(recipe, material, folder, trainer, watcher, trainable, total))
     facts: dict[str, Any] = {
         "trainable_parameters": trainable,
@@ -210,7 +215,8 @@ def _fit(begun: Begun) -> None:
     try:
         facts |= _self_check(begun)
         environment.forget_peak(trainer.args.device)
-        with memory.while_training(recipe), looks.StopOnSignal(watcher):
+        mishaps = working(folder, recipe, material)
+        with mishaps, memory.while_training(recipe), looks.StopOnSignal(watcher):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             whole = trainer.state.global_step >= watcher.at[-1] or watcher.interrupted is None
             status = "finished" if whole else "interrupted"
@@ -229,7 +235,11 @@ def _fit(begun: Begun) -> None:
         raise
     finally:
         told = summarise(recipe, folder, watcher, trainer, status, facts)
-        write_json(folder.summary, told)
+        if status == "failed":
+            for torn in folder.torn_checkpoints():  # on a full disk they are in the way
+                shutil.rmtree(torn, ignore_errors=True)
+        with suppress(OSError) if status == "failed" else nullcontext():  # which is not to hide why
+            write_json(folder.summary, told)
         if status != "failed":
             tell(Finished(str(folder.path), told, trainer.attachment.report()))
         trainer.attachment.detach()
@@ -335,18 +345,19 @@ def _watcher(
 
     def look_at(split: str) -> Predictions | Completions:
         name = {"train_probe": "the probe", "validation": "validation"}[split]
-        return look(
-            model,
-            material.tokenizer,
-            material.examples[split],
-            recipe,
-            batch_size=settings.per_device_eval_batch_size,
-            write_text=recipe.diagnostics.generate is not None,
-            limit=recipe.diagnostics.generate,
-            tell=tell,
-            looking=f"looking at {name}",
-            writing=f"writing for {name}",
-        )
+        with memory.while_looking(recipe):
+            return look(
+                model,
+                material.tokenizer,
+                material.examples[split],
+                recipe,
+                batch_size=settings.per_device_eval_batch_size,
+                write_text=recipe.diagnostics.generate is not None,
+                limit=recipe.diagnostics.generate,
+                tell=tell,
+                looking=f"looking at {name}",
+                writing=f"writing for {name}",
+            )
 
     def remember(step: int, seen: Mapping[str, Predictions | Completions]) -> None:
         rows = {split: _of_rows(found) for split, found in seen.items()}

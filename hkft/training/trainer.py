@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,6 +27,8 @@ from hkft.model.vocabulary import Vocabulary
 from hkft.training.objective import IGNORED, Objective, learns_tokens, objective, token_objective
 from hkft.training.sampler import LikeLengthSampler
 
+EXPLODED = 1000  # times the first training loss, or 1 if that is less: nothing is learned from there
+
 
 class Trainer(TransformersTrainer):
     """Train with a dropout method. Takes what transformers.Trainer takes, and two more:
@@ -35,8 +38,8 @@ class Trainer(TransformersTrainer):
     dropout_rate: for every site that names none.
 
     Logs beside Trainer's `loss` (which is the objective) `task_loss` and, with a consistency loss, `consistency`: means
-    over the rows (in a decoder, the learned tokens) since the last log, in train mode. A loss that is not finite ends
-    training with DivergedError; a batch without a label, with DataError. A decoder's loss on its next token is computed
+    over the rows (in a decoder, the learned tokens) since the last log, in train mode. A loss or gradient that is not finite, and
+    a loss that explodes, end training with DivergedError; a batch without a label, with DataError. A decoder's loss on its next token is computed
     by hkft, with label smoothing as `args` has it, and without [B,L,V] logits; `compute_loss_func` is left its own way.
     """
 
@@ -59,6 +62,7 @@ class Trainer(TransformersTrainer):
         self._sums: Tensor | None = None  # since then: items, task losses and consistency over them
         self._counts: Tensor | None = None  # since then: samples, tokens
         self._vocabulary: Vocabulary | None = None
+        self._first_loss: float | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         """Trainer's; where it groups rows by length, `LikeLengthSampler`, of a column of lengths without a list of them."""
@@ -189,11 +193,27 @@ class Trainer(TransformersTrainer):
                     f"the batch of step {self.state.global_step + 1} has no label to learn",
                     hint="leave out rows whose labels are all -100: Trainer would report a loss of 0 for them",
                 )
-            raise DivergedError(
-                f"the training loss is {loss.item()} at step {self.state.global_step + 1}",
-                hint="lower train.learning_rate, or set train.warmup_steps or train.max_grad_norm",
-            )
+            raise self._diverged(f"the training loss is {loss.item()}")
+        steps = self.args.gradient_accumulation_steps if self.loss_is_scaled_for_ga else 1
+        now = float(loss) * steps
+        self._first_loss = now if self._first_loss is None else self._first_loss
+        if now > EXPLODED * max(1.0, self._first_loss):
+            raise self._diverged(f"the training loss has exploded from {self._first_loss:.3g} to {now:.3g}")
         return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer's; a gradient that is NaN or inf stops here, unless a loss scaler passes over such a step."""
+        found = super()._get_grad_norm(model, grad_norm)
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        if found is not None and not scaled and not math.isfinite(float(found)):
+            raise self._diverged(f"the gradient's norm is {float(found)}")
+        return found
+
+    def _diverged(self, what: str) -> DivergedError:
+        return DivergedError(
+            f"{what} at step {self.state.global_step + 1}",
+            hint="lower train.learning_rate, or set train.warmup_steps or train.max_grad_norm",
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with _fits(resume_from_checkpoint):
