@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hkft import processes
 from hkft.events import Listener, Notice, Stage, silent
 
 if TYPE_CHECKING:
@@ -37,8 +38,10 @@ def train(
     try:
         began.fit()
     finally:
-        write_pages(began.folder)
-    return began.folder
+        if processes.first():
+            write_pages(began.folder)
+    with processes.together():  # the folder is whole for whichever process goes on to look at it
+        return began.folder
 
 
 def evaluate_test(folder: RunFolder, tell: Listener = silent, shelf: Shelf | None = None) -> None:
@@ -103,7 +106,7 @@ def compare(
     """
     from hkft.comparison import compare as comparing
     from hkft.comparison import grid
-    from hkft.comparison import jobs as processes
+    from hkft.comparison import jobs as several
     from hkft.comparison import paper as papers
 
     chosen = _loaded(recipe, overrides)
@@ -113,7 +116,7 @@ def compare(
     if column:
         papers.cell(column)
     if jobs > 1:
-        outcomes = processes.run(cells, folder, jobs, tell)
+        outcomes = several.run(cells, folder, jobs, tell)
     else:
         outcomes = grid.run(cells, folder, runner or _runner(), tell)
     done = [outcome.folder for outcome in outcomes if outcome.status in ("finished", "skipped")]

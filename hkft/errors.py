@@ -51,6 +51,7 @@ class HkftError(Exception):
     """The root of the tree above. Holds one or more `problems`; `str()` is the message a user reads."""
 
     exit_code = 1
+    elsewhere = False  # another process of the run tells it
 
     def __init__(
         self,
@@ -96,6 +97,15 @@ class DivergedError(HkftError):
 
 class CheckFailedError(HkftError):
     exit_code = 7
+
+
+def as_told(error: Exception) -> HkftError:
+    """An error as hkft's own. An OSError that names a file is the machine's or the user's fault: no space, no permission."""
+    if isinstance(error, HkftError):
+        return error
+    if isinstance(error, OSError) and error.filename is not None:
+        return SetupError(str(error.strerror), where=str(error.filename))
+    return HkftError(f"{type(error).__name__}: {error}")
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

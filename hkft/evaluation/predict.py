@@ -22,6 +22,7 @@ from hkft.dropout.modes import evaluating
 from hkft.evaluation.metrics import LOSSES, score
 from hkft.events import Listener, Stage, silent
 from hkft.model.first_token import first_token
+from hkft.processes import WHOLE, Share
 
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, torch.Tensor]]
 
@@ -114,21 +115,23 @@ def predict(
     precision: torch.dtype | None = None,
     tell: Listener = silent,
     text: str = "evaluating",
+    share: Share = WHOLE,
 ) -> Predictions:
     """Run `model` in eval mode over tokenised `examples` (columns id, length, input_ids, ..., labels if there are any).
 
     Longest batches first, so that nothing is padded far and running out of memory shows at once. precision: autocast to
-    this dtype, as training did. The model's modes are put back as they were.
+    this dtype, as training did. share: of the batches, which several processes look at together. The model's modes are put
+    back as they were.
     """
-    order, pieces = [], []
+    seen = []
     with looking(model, precision):
-        for rows in longest_first(column_of(examples, "length"), batch_size, tell, text):
+        for rows in share.mine(longest_first(column_of(examples, "length"), batch_size, tell, text)):
             batch = on_device(model, collate([examples[row] for row in rows]))
             batch.pop("labels", None)
             with first_token(model, batch):
-                pieces.append(model(**batch).logits.float().cpu().numpy())
-            order += rows
-    logits = np.concatenate(pieces)[np.argsort(order)]
+                seen.append((rows, model(**batch).logits.float().cpu().numpy()))
+    order, pieces = zip(*share.all(seen), strict=True)
+    logits = np.concatenate(pieces)[np.argsort(np.concatenate(order))]
     labels = column_of(examples, "labels") if "labels" in examples.column_names else None
     losses = None if labels is None else LOSSES[task](logits, labels)
     return Predictions(task, column_of(examples, "id").tolist(), logits, labels, losses)

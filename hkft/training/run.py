@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ import numpy as np
 from peft import PeftModel
 from transformers import PrinterCallback, set_seed
 
+from hkft import processes
 from hkft.data import tokenise
 from hkft.data.sources import cells_of
 from hkft.data.tokenise import texts_of
@@ -88,13 +88,20 @@ def begin(
 ) -> Begun:
     """Load everything a recipe names, and open its folder: what can be wrong before training is found before it.
 
-    shelf: what other runs of the process have loaded already.
+    shelf: what other runs of the process have loaded already. Of several processes of a run the first one reads and prepares
+    first, writes the folder, and tells; where one fails, all do.
 
     Raises UsageError where the folder holds a run already (a finished one is never overwritten), and what the rooms
     raise, with nothing written.
     """
-    folder = RunFolder(Path(output) if output else default_folder(recipe))
-    _check_free(folder, recipe, resume)
+    with processes.together():
+        folder = RunFolder(Path(output) if output else default_folder(recipe))
+        _join(recipe, folder)
+        return _begin(recipe, folder, resume, tell if processes.first() else silent, shelf or Shelf(keeps=False))
+
+
+def _begin(recipe: Recipe, folder: RunFolder, resume: bool, tell: Listener, shelf: Shelf) -> Begun:
+    processes.of_first(lambda: _check_free(folder, recipe, resume))
     notices: list[Event] = []
 
     def heard(event: Event) -> None:
@@ -102,18 +109,17 @@ def begin(
             notices.append(event)
         tell(event)
 
-    shelf = shelf or Shelf(keeps=False)
-    material = shelf.material(recipe, heard)
+    material = processes.in_turn(lambda: shelf.material(recipe, heard))
     check_criterion(recipe, material)
     heard(Stage(f"loading {recipe.model.name}"))
     set_seed(recipe.seed)
     with memory.while_loading(recipe):
         model = build.with_lora(shelf.base(recipe, material.labels, build.padding_id(material.tokenizer)), recipe)
     with _nothing_left(folder.path), ExitStack() as held:
-        trainer = trainer_of(recipe, material, model, folder, heard)
-        if int(os.environ.get("RANK", "0")) == 0:  # of several processes of one run the first one writes
+        with processes.together():
+            trainer = trainer_of(recipe, material, model, folder, heard)
             held.enter_context(folder.held())
-        _open(folder, recipe, material, resume)
+            processes.of_first(lambda: _open(folder, recipe, material, resume))
         held = held.pop_all()
 
     said = {notice.text for notice in notices if isinstance(notice, Notice)}
@@ -139,6 +145,21 @@ def train(
     begun = begin(recipe, output, resume=resume, tell=tell)
     begun.fit()
     return begun.folder
+
+
+def _join(recipe: Recipe, folder: RunFolder) -> None:
+    """Where several processes train a run, let them find each other, as transformers does it, and each its device."""
+    if processes.count() == 1:
+        return
+    if ":" in recipe.model.device:
+        raise RecipeError(
+            "every process has a device of its own",
+            where="model.device",
+            found=recipe.model.device,
+            allowed="auto, cuda, cpu",
+        )
+    arguments(recipe, folder)
+    processes.check_joined()
 
 
 def _check_free(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
@@ -168,8 +189,16 @@ def _check_free(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
 def _open(folder: RunFolder, recipe: Recipe, material: Material, resume: bool) -> None:
     """Create the folder, once everything that can be wrong with recipe, data and model has been looked at."""
     if resume:
-        if read_json(folder.environment)["data"] != material.fingerprints:
+        told = read_json(folder.environment)
+        if told["data"] != material.fingerprints:
             raise UsageError("the data has changed since this run was started", where=str(folder.environment))
+        if (began := told.get("processes", 1)) != processes.count():  # steps, and rows of a step, would be others
+            raise UsageError(
+                "this run was started with another number of processes",
+                where=str(folder.environment),
+                found=str(processes.count()),
+                allowed=str(began),
+            )
         return
     write_text(folder.recipe, recipe.source)
     write_text(folder.resolved, recipe.resolved())
@@ -182,9 +211,10 @@ def _fit(begun: Begun) -> None:
     recipe, material, trainer, folder = begun.recipe, begun.material, begun.trainer, begun.folder
     tell, resume = begun.tell, begun.resume
     watcher = _watcher(recipe, material, folder, trainer, tell)
-    checkpoint = folder.last_checkpoint() if resume else None
+    checkpoint = processes.of_first(folder.last_checkpoint) if resume else None
     if resume:
-        _take_up(folder, watcher, checkpoint)
+        processes.of_first(lambda: _take_up(folder, watcher, checkpoint))
+        watcher.curve = processes.of_first(lambda: watcher.curve)
     trainer.remove_callback(PrinterCallback)
     if recipe.diagnostics.average is not None:
         average = Average(_adapted(trainer), recipe.diagnostics.average)
@@ -204,9 +234,10 @@ def _fit(begun: Begun) -> None:
     write_json(folder.summary, summarise(recipe, folder, watcher, trainer, "running", facts))
     status = "failed"
     try:
-        facts |= _self_check(begun)
+        with processes.together():
+            facts |= _self_check(begun)
         environment.forget_peak(trainer.args.device)
-        with memory.while_training(recipe), looks.StopOnSignal(watcher):
+        with memory.while_training(recipe), processes.noticing(), looks.StopOnSignal(watcher):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         with watcher.applied():
             facts["adapter"] = [asdict(update) for update in updates(_adapted(trainer))]
@@ -240,7 +271,7 @@ def _self_check(begun: Begun) -> dict[str, Any]:
     trainer, rows = begun.trainer, begun.material.examples["train"]
     if not any(dropper.rate for dropper in trainer.attachment.droppers):
         return {}
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if _spread(trainer):
         begun.tell(Notice("no self-check of the method: the model is spread over several devices"))
         return {}
     begun.tell(Stage("checking the method"))
@@ -290,13 +321,18 @@ def trainer_of(recipe: Recipe, material: Material, model: PeftModel, folder: Run
 @contextmanager
 def _nothing_left(path: Path) -> Iterator[None]:
     """What cannot begin leaves no folder, where there was none."""
-    there = path.exists()
+    there = path.exists() or not processes.first()
     try:
         yield
     except BaseException:
         if not there:
             shutil.rmtree(path, ignore_errors=True)
         raise
+
+
+def _spread(trainer: Trainer) -> bool:
+    """Whether a model is in parts on several devices."""
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
 def _adapted(trainer: Trainer) -> PeftModel:
@@ -325,18 +361,20 @@ def _watcher(
 
     def look_at(split: str) -> Predictions | Completions:
         name = {"train_probe": "the probe", "validation": "validation"}[split]
-        return look(
-            model,
-            material.tokenizer,
-            material.examples[split],
-            recipe,
-            batch_size=settings.per_device_eval_batch_size,
-            write_text=recipe.diagnostics.generate is not None,
-            limit=recipe.diagnostics.generate,
-            tell=tell,
-            looking=f"looking at {name}",
-            writing=f"writing for {name}",
-        )
+        with memory.while_looking(recipe):
+            return look(
+                model,
+                material.tokenizer,
+                material.examples[split],
+                recipe,
+                batch_size=settings.per_device_eval_batch_size,
+                write_text=recipe.diagnostics.generate is not None,
+                limit=recipe.diagnostics.generate,
+                tell=tell,
+                looking=f"looking at {name}",
+                writing=f"writing for {name}",
+                share=processes.WHOLE if _spread(trainer) else processes.share(),  # a model spread over all needs all
+            )
 
     def remember(step: int, seen: Mapping[str, Predictions | Completions]) -> None:
         rows = {split: _of_rows(found) for split, found in seen.items()}
@@ -344,7 +382,7 @@ def _watcher(
         folder.remember({"step": step, **rows, "groups": None if groups is None else groups.tolist()})
 
     def aside() -> tuple[Added, int] | None:
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        if _spread(trainer):
             return None
         count = min(ASIDE, len(material.examples["train_probe"]))
         rows = [material.examples["train_probe"][n] for n in range(count)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -179,17 +180,19 @@ class Trainer(TransformersTrainer):
             return token_objective(model, self._vocabulary, inputs, consistency, smoothing)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Trainer's step; a loss that is NaN or inf stops here, before the optimizer has moved anything."""
+        """Trainer's step; a loss that is NaN or inf, in any process, stops all here, before the optimizer has moved anything."""
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss).all():
+        (found,) = self._of_all(loss.detach().reshape(1))
+        if not math.isfinite(found):
             labels = args[1].get("labels")
-            if labels is not None and not (labels != IGNORED).any():
+            empty = labels is not None and not (labels != IGNORED).any()
+            if any(self._of_all(torch.tensor([float(empty)], device=loss.device))):
                 raise DataError(
                     f"the batch of step {self.state.global_step + 1} has no label to learn",
                     hint="leave out rows whose labels are all -100: Trainer would report a loss of 0 for them",
                 )
             raise DivergedError(
-                f"the training loss is {loss.item()} at step {self.state.global_step + 1}",
+                f"the training loss is {found} at step {self.state.global_step + 1}",
                 hint="lower train.learning_rate, or set train.warmup_steps or train.max_grad_norm",
             )
         return loss
