@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ T = TypeVar("T")
 COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 NUMBER = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 PATIENCE = timedelta(days=7)  # with one that reads the data, or writes text: torch's half an hour is for training steps
+GRACE = 10.0  # seconds
 
 
 def count() -> int:
@@ -138,6 +140,11 @@ WHOLE = Share()  # all of it, in every process
 
 def share() -> Share:
     return Share(number(), count())
+
+
+def let_first_speak() -> None:
+    """Before this process fails in silence: launchers end the others as soon as one has failed."""
+    time.sleep(GRACE)
 
 
 def gone() -> HkftError:

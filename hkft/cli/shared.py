@@ -64,6 +64,7 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
                 raise
             told = as_told(error)
             if told.elsewhere or not (processes.first() or processes.joined()):
+                processes.let_first_speak()
                 raise typer.Exit(told.exit_code) from None
             if kwargs.get("debug"):
                 traceback.print_exc()
