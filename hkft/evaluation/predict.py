@@ -85,8 +85,14 @@ class Predictions:
 def looking(model: nn.Module, precision: torch.dtype | None = None) -> Iterator[None]:
     """Eval mode without gradients, under autocast to `precision` where there is one; modes are then as they were."""
     autocast = torch.autocast(next(model.parameters()).device.type, precision) if precision else nullcontext()
-    with evaluating(model), torch.inference_mode(), autocast:
+    with evaluating(model), torch.no_grad() if _in_parts(model) else torch.inference_mode(), autocast:
         yield
+
+
+def _in_parts(model: nn.Module) -> bool:
+    """Whether FSDP or DeepSpeed keep a part of each weight: what they gather in inference mode, they train in later."""
+    marks = ("device_mesh", "_is_flat_param", "ds_id")
+    return any(hasattr(parameter, mark) for parameter in model.parameters() for mark in marks)
 
 
 def longest_first(

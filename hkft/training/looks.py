@@ -151,13 +151,15 @@ class Looks(TrainerCallback):
         with processes.together():
             seen = {split: self.look(split) for split in SPLITS}
             evaluated = processes.of_first(lambda: self._judged(state, seen, began))
+            if evaluated.best:
+                self.keep(seen)
         self.curve.append(evaluated)
         self.log(numbers(evaluated))
         self.clock.outside += time.perf_counter() - began
         self.tell(evaluated)
 
     def _judged(self, state: TrainerState, seen: dict[str, Seen], began: float) -> Evaluated:
-        """What is to be said of a look; the best adapter so far is kept, and the rows are remembered."""
+        """What is to be said of a look, whose rows are remembered."""
         metrics = {split: predictions.metrics() for split, predictions in seen.items()}
         step = state.global_step
         for split in SPLITS:
@@ -166,9 +168,6 @@ class Looks(TrainerCallback):
                     f"the {split.replace('_', ' ')} loss is {metrics[split]['loss']} at step {step}",
                     hint="lower train.learning_rate",
                 )
-        best = step > 0 and self._improves(metrics["validation"])
-        if best:
-            self.keep(seen)
         self.remember(step, seen)
         probe, validation = (seen[split].by_row.grouped(seen[split].groups) for split in SPLITS)
         self.rows.append(Rows(validation, seen["validation"].right))
@@ -179,7 +178,7 @@ class Looks(TrainerCallback):
             epoch=float(state.epoch or 0.0),
             **metrics,
             gap=gap(**metrics),
-            best=best,
+            best=step > 0 and self._improves(metrics["validation"]),
             seconds=time.perf_counter() - began,
             gap_interval=gap_interval(probe, validation),
             net_gain=net_gain((earlier or [metrics["validation"]])[0], metrics["validation"]),

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, set_seed
 
 from hkft import processes
@@ -298,6 +299,13 @@ def trainer_of(recipe: Recipe, material: Material, model: PeftModel, folder: Run
     settings = arguments(recipe, folder)
     if recipe.diagnostics.average is not None and (settings.fsdp or settings.deepspeed):
         raise RecipeError("the adapter is spread over devices, and cannot be averaged", where="diagnostics.average")
+    if settings.fsdp and (processes.count() == 1 or settings.device.type == "cpu"):  # transformers would train unspread
+        raise SetupError(
+            "FSDP spreads a model over several GPUs, with a process for each",
+            where="train.fsdp",
+            found=environment.device_name(settings.device),
+            hint="torchrun --nproc-per-node 2 -m hkft train ..., or leave train.fsdp out",
+        )
     if step_counts(len(material.examples["train"]), settings)[0] < 1:
         raise RecipeError("there is no step to train", where="train.num_train_epochs", allowed="more than 0")
     try:
@@ -333,6 +341,16 @@ def _nothing_left(path: Path) -> Iterator[None]:
 def _spread(trainer: Trainer) -> bool:
     """Whether a model is in parts on several devices."""
     return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+
+
+def _whole(trainer: Trainer) -> dict[str, Any] | None:
+    """The trained weights of a model that is in parts, which its processes put together; None: they are whole."""
+    if not _spread(trainer):
+        return None
+    if not trainer.accelerator.is_fsdp2:
+        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    trained = {name: each.detach() for name, each in _adapted(trainer).named_parameters() if each.requires_grad}
+    return {name: (each.full_tensor() if isinstance(each, DTensor) else each).clone() for name, each in trained.items()}
 
 
 def _adapted(trainer: Trainer) -> PeftModel:
@@ -393,7 +411,10 @@ def _watcher(
         return texts_of(material.examples[split], material.tokenizer)
 
     def keep(seen: Mapping[str, Predictions | Completions]) -> None:
-        model.save_pretrained(str(folder.adapter))
+        weights = _whole(trainer)
+        if not processes.first():
+            return
+        model.save_pretrained(str(folder.adapter), state_dict=weights)
         material.tokenizer.save_pretrained(str(folder.adapter))
         for split, predictions in seen.items():
             write_jsonl(folder.predictions(split), predictions.records(material.labels, texts(split)))
