@@ -9,17 +9,27 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from hkft import api
+from hkft import api, processes
+from hkft.cli.main import app
 from hkft.errors import DataError, HkftError, SetupError, UsageError, as_told
 from hkft.folder import RunFolder, read_json, read_jsonl
+from hkft.recipe import load
+from hkft.training.prepare import arguments
 
-ODD = ["data.train_rows=112", "data.validation_rows=33", "train.per_device_eval_batch_size=7"]  # 5 batches in a look
+ODD = [
+    "train.num_train_epochs=2",
+    "data.train_rows=112",
+    "data.validation_rows=33",
+    "train.per_device_eval_batch_size=7",
+]  # 5 batches in a look
 NONE = ["dropout.method=none", "dropout.weight=0"]
 PARTED = ["diagnostics.evals_per_epoch=1"]
 
@@ -62,6 +72,13 @@ def launched(*command: str) -> subprocess.Popen[str]:
     )
 
 
+def ended(running: subprocess.Popen[str]) -> tuple[str, str]:
+    try:
+        return running.communicate(timeout=150)
+    finally:
+        running.terminate()  # torchrun ends its processes, where they hang
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("two")
@@ -81,12 +98,12 @@ diagnostics: {{evals_per_epoch: 2}}
         "writing": f"""\
 model: {{name: {tiny_llama}, device: cpu}}
 task: generation
-data: {{train: {meanings}, train_rows: 32, validation: 0.3, prompt: "{{meaning}} ->", completion: " {{reference}}", max_length: 96}}
+data: {{train: {meanings}, validation: 0.2, prompt: "{{meaning}} ->", completion: " {{reference}}", max_length: 96}}
 lora: {{r: 4, lora_alpha: 8, target_modules: [q_proj, v_proj]}}
 dropout: {{method: none}}
 train: {{learning_rate: 1.0e-2, num_train_epochs: 1, per_device_train_batch_size: 8}}
-generation: {{max_new_tokens: 8, metrics: [rouge_l], do_sample: true, batch_size: 2}}
-diagnostics: {{evals_per_epoch: 1, generate: 5}}
+generation: {{max_new_tokens: 8, metrics: [rouge_l], do_sample: true, batch_size: 1}}
+diagnostics: {{evals_per_epoch: 1, generate: 3}}
 """,
     }
     for name, text in texts.items():
@@ -104,7 +121,7 @@ def stopped(place: Path, recipes: dict[str, Path]) -> tuple[RunFolder, str]:
     while len(folder.records("eval")) < 2 and running.poll() is None and time.monotonic() - began < 120:
         time.sleep(0.02)
     running.send_signal(signal.SIGTERM)
-    out, err = running.communicate(timeout=60)
+    out, err = ended(running)
     assert not out
     return folder, err
 
@@ -122,7 +139,7 @@ def outcomes(place: Path, recipes: dict[str, Path], stopped: tuple[RunFolder, st
     ]
     (place / "calls.json").write_text(json.dumps(calls))
     running = launched("--no-python", sys.executable, "-P", "-c", CALLS, str(place))
-    _, err = running.communicate(timeout=120)
+    _, err = ended(running)
     assert running.returncode == 0, err
     return {name: [json.loads((place / f"{name}.{rank}").read_text()) for rank in (0, 1)] for name, *_ in calls}
 
@@ -166,9 +183,9 @@ def test_two_processes_train_as_one_does(
     alone, shared = read_json(one.summary), read_json(two.summary)
     assert [alone["processes"], shared["processes"]] == [1, 2]
     assert read_json(two.environment)["device"].startswith("2 x cpu")
-    assert shared["steps"] == alone["steps"] == 28
+    assert shared["steps"] == alone["steps"] == 14
     rows = shared["train_samples_per_s"] * shared["train_runtime_s"]
-    assert rows == pytest.approx(4 * 112)
+    assert rows == pytest.approx(2 * 112, rel=1e-2)  # the clocks were read one after the other
 
 
 def test_text_is_written_as_by_one(
@@ -179,7 +196,7 @@ def test_text_is_written_as_by_one(
     same(one, RunFolder(place / "writing"), 1e-4)
     rows = read_jsonl(RunFolder(place / "writing").predictions("train_probe"))
     texts = {row["prompt"]: row["prediction"] for row in rows if row["prediction"] is not None}
-    assert len(texts) == 5 and len(set(texts.values())) > 1
+    assert len(texts) == 3 and len(set(texts.values())) > 1
     assert [row["prediction"] for row in rows] == [
         row["prediction"] for row in read_jsonl(one.predictions("train_probe"))
     ]
@@ -226,3 +243,43 @@ def test_an_error_travels(error: Exception) -> None:
     there = pickle.loads(pickle.dumps(here))
     assert (type(there), there.problems, str(there)) == (type(here), here.problems, str(here))
     assert isinstance(there, SetupError if isinstance(error, OSError) else DataError if here is error else HkftError)
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "where"),
+    [
+        ("train.fsdp=true", SetupError, "train.fsdp"),  # one process, and no GPU
+        ("train.deepspeed={zero_optimization: {stage: 2}}", SetupError, "train.deepspeed"),
+    ],
+)
+def test_what_spreads_a_model_is_refused_where_it_cannot(
+    override: str, error: type[HkftError], where: str, recipe_file: Path, tmp_path: Path
+) -> None:
+    if "deepspeed" in override and find_spec("deepspeed"):
+        pytest.skip("it is installed")
+    with pytest.raises(error) as refused:
+        api.train(recipe_file, [override], output=tmp_path / "run")
+    assert refused.value.problems[0].where == where
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_spreads_a_model_is_taken_from_the_recipe(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load(recipe_file, ["train.fsdp=true", "train.fsdp_config={transformer_layer_cls_to_wrap: [BertLayer]}"])
+    settings = arguments(recipe, RunFolder(tmp_path))
+    assert settings.fsdp_plugin_args["fsdp_version"] == 2
+    assert settings.fsdp_plugin_args["transformer_cls_names_to_wrap"] == "BertLayer"
+
+
+@pytest.mark.parametrize(
+    "command", [["eval", "run"], ["merge", "run", "--output", "x"], ["compare", "a", "b"], ["doctor"]]
+)
+def test_everything_else_is_refused_to_several(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 2
+    assert "several processes train a run" in shown.stderr
+    monkeypatch.setattr(processes, "GRACE", 0.0)
+    monkeypatch.setenv("RANK", "1")
+    silent = CliRunner().invoke(app, command)
+    assert (silent.exit_code, silent.output) == (2, "")
