@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from hkft import api, processes
 from hkft.cli.main import app
 from hkft.errors import DataError, HkftError, SetupError, UsageError, as_told
+from hkft.evaluation.predict import looking
 from hkft.folder import RunFolder, read_json, read_jsonl
 from hkft.recipe import load
 from hkft.training.prepare import arguments
@@ -283,3 +285,13 @@ def test_everything_else_is_refused_to_several(command: list[str], monkeypatch: 
     monkeypatch.setenv("RANK", "1")
     silent = CliRunner().invoke(app, command)
     assert (silent.exit_code, silent.output) == (2, "")
+
+
+def test_a_look_at_weights_in_parts_lets_them_be_trained_on() -> None:
+    """What FSDP gathers in inference mode it cannot change in place later."""
+    model = torch.nn.Linear(1, 1)
+    with looking(model):
+        assert torch.is_inference_mode_enabled()
+    model.weight.device_mesh = "of two"
+    with looking(model):
+        assert not torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
