@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hkft import processes
 from hkft.errors import HkftError
 from hkft.events import Listener, Notice, Stage, silent
 
@@ -48,10 +49,12 @@ def train(
         began.fit()
     except BaseException:
         with suppress(OSError, HkftError):  # which are not to hide why
-            write_pages(folder)
+            if processes.first():
+                write_pages(folder)
         raise
-    with writing(folder):
-        write_pages(folder)
+    with processes.together(), writing(folder):  # the folder is whole for whichever process goes on to look at it
+        if processes.first():
+            write_pages(folder)
     return folder
 
 
@@ -117,7 +120,7 @@ def compare(
     """
     from hkft.comparison import compare as comparing
     from hkft.comparison import grid
-    from hkft.comparison import jobs as processes
+    from hkft.comparison import jobs as several
     from hkft.comparison import paper as papers
 
     chosen = _loaded(recipe, overrides)
@@ -127,7 +130,7 @@ def compare(
     if column:
         papers.cell(column)
     if jobs > 1:
-        outcomes = processes.run(cells, folder, jobs, tell)
+        outcomes = several.run(cells, folder, jobs, tell)
     else:
         outcomes = grid.run(cells, folder, runner or _runner(), tell)
     done = [outcome.folder for outcome in outcomes if outcome.status in ("finished", "skipped")]

@@ -16,6 +16,7 @@ next; a fault of hkft's own is an assert or an ordinary exception, and shows a t
 
 from __future__ import annotations
 
+import errno
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk; a write that fails so names no file
 INTERRUPTED = 130
 TERMINATED = 143
 
@@ -51,6 +53,7 @@ class HkftError(Exception):
     """The root of the tree above. Holds one or more `problems`; `str()` is the message a user reads."""
 
     exit_code = 1
+    elsewhere = False  # another process of the run tells it
 
     def __init__(
         self,
@@ -96,6 +99,15 @@ class DivergedError(HkftError):
 
 class CheckFailedError(HkftError):
     exit_code = 7
+
+
+def as_told(error: Exception) -> HkftError:
+    """An error as hkft's own. An OSError that names a file, or a full disk, is the machine's or the user's fault."""
+    if isinstance(error, HkftError):
+        return error
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
+        return SetupError(str(error.strerror), where=str(error.filename or "where the output goes"))
+    return HkftError(f"{type(error).__name__}: {error}")
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

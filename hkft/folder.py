@@ -1,4 +1,4 @@
-"""The run folder: where everything of a run lies, and how it is written, whole or not at all."""
+"""The run folder: where everything of a run lies, and how it is written, whole or not at all: by the first of its processes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from hkft import processes
 from hkft.errors import DataError, UsageError
 from hkft.events import Event, Stage, as_record
 
@@ -86,6 +87,9 @@ class RunFolder:
     @contextmanager
     def held(self) -> Iterator[None]:
         """The run is written to by this process alone. Raises UsageError where another one does."""
+        if not processes.first():
+            yield
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self._lock)
         try:
@@ -124,7 +128,8 @@ class RunFolder:
 
     def remember(self, record: Mapping[str, Any]) -> None:
         """One line of predictions/history.jsonl: a step, and of the rows of each set their losses at it."""
-        self.history.parent.mkdir(exist_ok=True)
+        if processes.first():
+            self.history.parent.mkdir(exist_ok=True)
         _append(self.history, record)
 
     def records(self, *events: str) -> list[dict[str, Any]]:
@@ -187,6 +192,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _write(path: Path, pieces: Iterable[str]) -> None:
+    if not processes.first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -224,6 +231,8 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:
+    if not processes.first():
+        return
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(jsonable(record)) + "\n")
 

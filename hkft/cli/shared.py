@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import json as jsonlib
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TextIO
 
 import typer
 
-from hkft.errors import INTERRUPTED, TERMINATED, DataError, HkftError, SetupError, Terminated, terminable
+from hkft import processes
+from hkft.errors import FULL, INTERRUPTED, TERMINATED, DataError, HkftError, Terminated, UsageError, as_told, terminable
 from hkft.events import Listener, Stage
 
 if TYPE_CHECKING:
@@ -38,27 +39,33 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 ALONE = "alone"  # typer's context object where the process does nothing else than one command
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a write that fails so names no file
-
 P = ParamSpec("P")
 
 
 def reported(command: Callable[P, None]) -> Callable[P, None]:
     """Show an error calmly and exit with its code; with --debug, after its traceback.
 
-    An OSError that names a file is the machine's or the user's fault, not hkft's: no space, no permission.
+    Of several processes only a run of `hkft train` is, and what all of them have to say the first one says.
     """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             with terminable():
+                if processes.count() > 1 and command.__name__ != "train":
+                    raise UsageError(
+                        "several processes train a run; everything else is done by one",
+                        found=f"{processes.count()} processes",
+                        hint="leave out torchrun or `accelerate launch`",
+                    )
                 command(*args, **kwargs)
         except (HkftError, OSError) as error:
             if isinstance(error, OSError) and error.filename is None and error.errno not in FULL:
                 raise
-            place = None if isinstance(error, HkftError) else str(error.filename or "where the output goes")
-            told = error if isinstance(error, HkftError) else SetupError(str(error.strerror), where=place)
+            told = as_told(error)
+            if told.elsewhere or not (processes.first() or processes.joined()):
+                processes.let_first_speak()
+                raise typer.Exit(told.exit_code) from None
             if kwargs.get("debug"):
                 traceback.print_exc()
             if kwargs.get("json"):
@@ -72,6 +79,8 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             if not _interrupted(error):
                 raise
             code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+            if not processes.first():
+                raise typer.Exit(code) from None
             if kwargs.get("json"):
                 show_json({"error": "KeyboardInterrupt", "exit_code": code, "problems": []})
             typer.echo("terminated" if code == TERMINATED else "interrupted", err=True)
@@ -91,6 +100,8 @@ def quiet(tell: Listener, alone: RecipeRead | None = None) -> None:
     alone: the recipe that the process is for, and nothing else; of it no library is loaded that it does not need.
     """
     tell(Stage("starting torch and transformers"))
+    if processes.count() > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # each of them would warn of what Trainer asks DDP for
     if alone is not None:
         from hkft.model import quantisers
 

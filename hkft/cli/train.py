@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from hkft import processes
 from hkft.cli.shared import ALONE, Debug, Json, Recipe, Set, quiet, reported, show_json
 
 
@@ -33,6 +34,8 @@ def train(
 
     loaded = load(recipe, set or ())
     if dry_run:
+        if not processes.first():
+            return None
         from hkft.view.recipe import show_provenance
 
         return show_json({"resolved": loaded.values(), "from": loaded.provenance}) if json else show_provenance(loaded)
@@ -44,6 +47,6 @@ def train(
         from hkft.folder import read_json
 
         folder = api.train(loaded, output=output, resume=resume, force=force, tell=tell)
-    if json:
+    if json and processes.first():
         show_json({"run": str(folder.path), **read_json(folder.summary)})
     return None

@@ -21,6 +21,7 @@ from hkft.diagnostics.uncertainty import Losses
 from hkft.evaluation.predict import Collate, longest_first, looking, on_device
 from hkft.events import Listener, silent
 from hkft.model.vocabulary import Vocabulary
+from hkft.processes import WHOLE, Share
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,16 @@ def look(
     precision: torch.dtype | None = None,
     tell: Listener = silent,
     text: str = "evaluating",
+    share: Share = WHOLE,
 ) -> Completions:
     """Run a decoder in eval mode over tokenised `examples` (see `hkft.data.completions`). As `predict` does otherwise."""
     sums = torch.zeros(3, len(examples), dtype=torch.float64)
     with looking(model, precision):
         vocabulary = Vocabulary(model)
-        for rows in longest_first(column_of(examples, "length"), batch_size, tell, text):
+        for rows in share.mine(longest_first(column_of(examples, "length"), batch_size, tell, text)):
             batch = on_device(model, collate([examples[row] for row in rows]))
             sums[:, rows] = _sums(model, vocabulary, batch).cpu().double()
-    losses, tokens, hits = sums.numpy()
+    losses, tokens, hits = np.sum(share.all([sums.numpy()]), axis=0)  # of the rows of others each has zeros
     return Completions(
         cells_of(examples, "id"),
         cells_of(examples, "prompt"),

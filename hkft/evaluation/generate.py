@@ -17,6 +17,7 @@ from hkft.evaluation.predict import longest_first, looking
 from hkft.evaluation.texts import score_texts, signature
 from hkft.events import Listener, Stage, silent
 from hkft.model.vocabulary import inner_model
+from hkft.processes import WHOLE, Share
 from hkft.recipe.schema import Generation
 
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -35,24 +36,26 @@ def generate(
     precision: torch.dtype | None = None,
     tell: Listener = silent,
     text: str = "writing",
+    share: Share = WHOLE,
 ) -> list[str]:
     """The text after each prompt of tokens, in the prompts' order, special tokens and outer white space taken off.
 
     chats: the prompts are chats, and what the template puts around every answer is taken off too.
     In eval mode and batches of like length, padded on the left. Ends at the end of text, at what the chat template ends a
-    turn with, at `max_new_tokens`, or where the model has no more positions. Draws, if any, come from `seed` and leave
-    the random stream as it was.
+    turn with, at `max_new_tokens`, or where the model has no more positions. Draws, if any, come from `seed` and the batch's
+    number, and leave the random stream as it was. share: of the batches, which several processes write together.
     """
     inner: Any = inner_model(model)  # its `generate` is a mixin's
     device = next(model.parameters()).device
     encoder = Encoder(tokenizer, chats)
-    config, texts = _config(inner, encoder, settings), [""] * len(prompts)
+    config, texts = _config(inner, encoder, settings), list[tuple[int, str]]()
     ends = frozenset(config.eos_token_id or ())
     positions = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
     generators = range(torch.cuda.device_count()) if device.type == "cuda" else ()
     with torch.random.fork_rng(generators), looking(model, precision), _asked_for(inner, config):
-        torch.manual_seed(seed)
-        for rows in longest_first([len(prompt) for prompt in prompts], settings.batch_size, tell, text):
+        batches = longest_first([len(prompt) for prompt in prompts], settings.batch_size, tell, text)
+        for number, rows in share.mine(enumerate(batches)):
+            torch.manual_seed(seed + number)
             inputs = tokenizer.pad(
                 {"input_ids": [list(prompts[row]) for row in rows]},
                 padding_side="left",
@@ -66,8 +69,8 @@ def generate(
             for row, written in zip(rows, tokens[:, width:].tolist(), strict=True):
                 end = next((n for n, token in enumerate(written) if token in ends), None)  # it may not be a special one
                 told = str(tokenizer.decode(written[:end], skip_special_tokens=True)).strip()
-                texts[row] = encoder.said(told) if chats else told
-    return texts
+                texts.append((row, encoder.said(told) if chats else told))
+    return [told for _, told in sorted(share.all(texts))]
 
 
 def write(
@@ -82,6 +85,7 @@ def write(
     precision: torch.dtype | None = None,
     tell: Listener = silent,
     text: str = "writing",
+    share: Share = WHOLE,
 ) -> Written:
     """One text for each different prompt of `examples` (see `hkft.data.completions`), scored against all its completions.
 
@@ -96,7 +100,7 @@ def write(
     lengths, completions, tokens = examples["prompt_length"], examples["completion"], examples["input_ids"]
     fullest = [max(rows[prompt], key=lambda row: lengths[row]) for prompt in asked]  # the prompt least cut
     begun = [tokens[row][: lengths[row]] for row in fullest]
-    told: dict[str, Any] = {"seed": seed, "precision": precision, "tell": tell, "text": text}
+    told: dict[str, Any] = {"seed": seed, "precision": precision, "tell": tell, "text": text, "share": share}
     written = generate(model, tokenizer, begun, settings, chats=chats, **told)
     references = [[completions[row].strip() for row in rows[prompt]] for prompt in asked]
     tell(Stage("scoring"))

@@ -14,6 +14,7 @@ from hkft.evaluation.generate import write
 from hkft.evaluation.predict import Predictions, predict
 from hkft.events import Listener, silent
 from hkft.model import build
+from hkft.processes import WHOLE, Share
 
 if TYPE_CHECKING:
     from hkft.recipe import Recipe
@@ -31,13 +32,15 @@ def look(
     tell: Listener = silent,
     looking: str,
     writing: str,
+    share: Share = WHOLE,
 ) -> Predictions | Completions:
     """Predictions on tokenised `examples`; of a decoder the losses of its completions and, with write_text, its text.
 
-    Under training's own precision. limit: of the prompts that are written for, drawn with the recipe's seed. looking, writing: what the stages are called.
+    Under training's own precision. limit: of the prompts that are written for, drawn with the recipe's seed. looking, writing: what the stages are called. share: of the
+    rows, which several processes look at together.
     """
     collate = tokenise.collator(tokenizer, build.padding_side(model))
-    told: dict[str, Any] = {"precision": build.precision(recipe), "tell": tell}
+    told: dict[str, Any] = {"precision": build.precision(recipe), "tell": tell, "share": share}
     if recipe.task != "generation":
         return predict(model, examples, collate, task=recipe.task, batch_size=batch_size, text=looking, **told)
     seen = completions.look(model, examples, collate, batch_size=batch_size, text=looking, **told)

@@ -22,6 +22,7 @@ from hkft.dropout.modes import evaluating
 from hkft.evaluation.metrics import LOSSES, score
 from hkft.events import Listener, Stage, silent
 from hkft.model.first_token import first_token
+from hkft.processes import WHOLE, Share
 
 Collate = Callable[[list[dict[str, Any]]], Mapping[str, torch.Tensor]]
 
@@ -84,8 +85,14 @@ class Predictions:
 def looking(model: nn.Module, precision: torch.dtype | None = None) -> Iterator[None]:
     """Eval mode without gradients, under autocast to `precision` where there is one; modes are then as they were."""
     autocast = torch.autocast(next(model.parameters()).device.type, precision) if precision else nullcontext()
-    with evaluating(model), torch.inference_mode(), autocast:
+    with evaluating(model), torch.no_grad() if _in_parts(model) else torch.inference_mode(), autocast:
         yield
+
+
+def _in_parts(model: nn.Module) -> bool:
+    """Whether FSDP or DeepSpeed keep a part of each weight: what they gather in inference mode, they train in later."""
+    marks = ("device_mesh", "_is_flat_param", "ds_id")
+    return any(hasattr(parameter, mark) for parameter in model.parameters() for mark in marks)
 
 
 def longest_first(
@@ -114,21 +121,23 @@ def predict(
     precision: torch.dtype | None = None,
     tell: Listener = silent,
     text: str = "evaluating",
+    share: Share = WHOLE,
 ) -> Predictions:
     """Run `model` in eval mode over tokenised `examples` (columns id, length, input_ids, ..., labels if there are any).
 
     Longest batches first, so that nothing is padded far and running out of memory shows at once. precision: autocast to
-    this dtype, as training did. The model's modes are put back as they were.
+    this dtype, as training did. share: of the batches, which several processes look at together. The model's modes are put
+    back as they were.
     """
-    order, pieces = [], []
+    seen = []
     with looking(model, precision):
-        for rows in longest_first(column_of(examples, "length"), batch_size, tell, text):
+        for rows in share.mine(longest_first(column_of(examples, "length"), batch_size, tell, text)):
             batch = on_device(model, collate([examples[row] for row in rows]))
             batch.pop("labels", None)
             with first_token(model, batch):
-                pieces.append(model(**batch).logits.float().cpu().numpy())
-            order += rows
-    logits = np.concatenate(pieces)[np.argsort(order)]
+                seen.append((rows, model(**batch).logits.float().cpu().numpy()))
+    order, pieces = zip(*share.all(seen), strict=True)
+    logits = np.concatenate(pieces)[np.argsort(np.concatenate(order))]
     labels = column_of(examples, "labels") if "labels" in examples.column_names else None
     losses = None if labels is None else LOSSES[task](logits, labels)
     return Predictions(task, column_of(examples, "id").tolist(), logits, labels, losses)

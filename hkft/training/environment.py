@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import is_offline_mode
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from hkft import processes
 from hkft.model.build import device, location
 from hkft.model.warm import source
 
@@ -35,6 +36,7 @@ def describe(recipe: Recipe, fingerprints: Mapping[str, str], tokenizer: PreTrai
         "platform": platform.platform(),
         "device": device_name(device(recipe.model.device)),
         "threads": torch.get_num_threads(),
+        "processes": processes.count(),
         "jobs": int(os.environ.get("HKFT_JOBS", "1")),  # cells of a comparison that ran at a time
         "model": {
             "name": recipe.model.name,
@@ -56,10 +58,11 @@ def _began_with(recipe: Recipe) -> dict[str, str]:
 
 
 def device_name(place: torch.device) -> str:
-    """`cpu (2 threads)`, `cuda:0 (NVIDIA H100)`."""
+    """`cpu (2 threads)`, `cuda:0 (NVIDIA H100)`; of several processes `2 x cpu (1 threads)`, by the first one's."""
+    several = f"{processes.count()} x " if processes.count() > 1 else ""
     if place.type == "cuda":
-        return f"{place} ({torch.cuda.get_device_name(place)})"
-    return f"cpu ({torch.get_num_threads()} threads)" if place.type == "cpu" else str(place)
+        return f"{several}{place} ({torch.cuda.get_device_name(place)})"
+    return f"{several}cpu ({torch.get_num_threads()} threads)" if place.type == "cpu" else f"{several}{place}"
 
 
 def forget_peak(place: torch.device) -> None:

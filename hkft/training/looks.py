@@ -1,7 +1,8 @@
 """Looks: at fixed steps the same two sets, a probe of the training rows and the validation rows, in eval mode.
 
 Trainer's own evaluation knows one set, no losses of single examples, and five coupled flags; this callback is all there is
-here instead. It tells the events, keeps the best adapter, and stops on a signal.
+here instead. It tells the events, keeps the best adapter, and stops on a signal. Several processes of a run take a look together:
+the first one judges it, and all have what it says.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hkft import processes
 from hkft.diagnostics.decomposition import Added, net_gain, regret, regularisation
 from hkft.diagnostics.gap import LOWER_IS_BETTER, gap
 from hkft.diagnostics.uncertainty import Interval, Losses, change_interval, gap_interval, rise_p
@@ -115,7 +117,8 @@ class Looks(TrainerCallback):
             control.should_save = True
             if self._out_of_patience():
                 control.should_training_stop = True
-        if self.interrupted is not None:
+        if number := processes.largest(self.interrupted or 0):  # all stop after the same step
+            self.interrupted = number
             control.should_save = control.should_training_stop = True
 
     def on_log(
@@ -152,7 +155,18 @@ class Looks(TrainerCallback):
 
     def _look(self, state: TrainerState, extra: bool = False) -> None:
         began = time.perf_counter()
-        seen = {split: self.look(split) for split in SPLITS}
+        with processes.together():
+            seen = {split: self.look(split) for split in SPLITS}
+            evaluated = processes.of_first(lambda: self._judged(state, seen, began, extra))
+            if evaluated.best:
+                self.keep(seen)
+        self.curve.append(evaluated)
+        self.log(numbers(evaluated))
+        self.clock.outside += time.perf_counter() - began
+        self.tell(evaluated)
+
+    def _judged(self, state: TrainerState, seen: dict[str, Seen], began: float, extra: bool) -> Evaluated:
+        """What is to be said of a look, whose rows are remembered."""
         metrics = {split: predictions.metrics() for split, predictions in seen.items()}
         step = state.global_step
         for split in SPLITS:
@@ -161,20 +175,17 @@ class Looks(TrainerCallback):
                     f"the {split.replace('_', ' ')} loss is {metrics[split]['loss']} at step {step}",
                     hint="lower train.learning_rate",
                 )
-        best = step > 0 and not extra and self._improves(metrics["validation"])
-        if best:
-            self.keep(seen)
         self.remember(step, seen)
         probe, validation = (seen[split].by_row.grouped(seen[split].groups) for split in SPLITS)
         self.rows.append(Rows(validation, seen["validation"].right))
         lowest = min(self.rows, key=lambda rows: rows.losses.mean)
         earlier = [look.validation for look in self.curve]
-        evaluated = Evaluated(
+        return Evaluated(
             step=step,
             epoch=float(state.epoch or 0.0),
             **metrics,
             gap=gap(**metrics),
-            best=best,
+            best=step > 0 and not extra and self._improves(metrics["validation"]),
             seconds=time.perf_counter() - began,
             gap_interval=gap_interval(probe, validation),
             net_gain=net_gain((earlier or [metrics["validation"]])[0], metrics["validation"]),
@@ -185,10 +196,6 @@ class Looks(TrainerCallback):
             rise_p=None if self.forgotten else rise_p([rows.losses for rows in self.rows]),
             extra=extra,
         )
-        self.curve.append(evaluated)
-        self.log(numbers(evaluated))
-        self.clock.outside += time.perf_counter() - began
-        self.tell(evaluated)
 
     def _regularisation(self, probe: Losses) -> dict[str, float] | None:
         found = self.aside()

@@ -5,7 +5,6 @@ Each is one error that says what to do next, or, where the run can do without, o
 
 from __future__ import annotations
 
-import errno
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback
 
-from hkft.errors import OutOfMemoryError, SetupError
+from hkft.errors import FULL, OutOfMemoryError, SetupError
 from hkft.events import Listener, Notice
 from hkft.folder import RunFolder
 from hkft.model import memory
@@ -24,7 +23,6 @@ from hkft.recipe import Recipe
 from hkft.training import forecast
 from hkft.training.prepare import Material, arguments
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SAID_OF_DISKS = (
     "PytorchStreamWriter",
     "inline_container",

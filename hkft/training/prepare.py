@@ -22,7 +22,7 @@ from hkft.data import cache, probe, splits, tokenise
 from hkft.data.completions import IGNORED
 from hkft.data.near import drawn, near_duplicates
 from hkft.data.sources import batches_of, column_of, picked
-from hkft.errors import DataError, RecipeError, nearest
+from hkft.errors import DataError, RecipeError, SetupError, nearest
 from hkft.evaluation.metrics import score
 from hkft.events import Event, Listener, Notice, Sample, Stage
 from hkft.folder import RunFolder
@@ -210,6 +210,10 @@ def arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
         )
     except (ValueError, TypeError) as error:
         raise RecipeError(f"transformers refuses the train section: {error}", where="train") from error
+    except ImportError as error:
+        missing = "train.deepspeed" if recipe.train.get("deepspeed") else "train"
+        found = str(error).removeprefix("No package metadata was found for ").strip().splitlines()[0]
+        raise SetupError("what the train section asks for is not installed", where=missing, found=found) from error
 
 
 def step_counts(rows: int, settings: TrainingArguments) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hkft import processes
 from hkft.diagnostics.history import losses_of
 from hkft.errors import RecipeError, UsageError
 from hkft.events import Evaluated, Listener, Notice
@@ -90,6 +91,18 @@ def check_rows(folder: RunFolder, fingerprints: Mapping[str, str | None], force:
             hint="--resume --force goes on with the rows of now",
         )
     return found
+
+
+def check_processes(folder: RunFolder) -> None:
+    """Raise UsageError for another number of processes: steps, and the rows of a step, would be others."""
+    began = read_json(folder.environment).get("processes", 1)
+    if began != processes.count():
+        raise UsageError(
+            "this run was started with another number of processes",
+            where=str(folder.environment),
+            found=str(processes.count()),
+            allowed=str(began),
+        )
 
 
 def take_up(folder: RunFolder, watcher: looks.Looks, other_rows: bool, tell: Listener) -> Path | None:

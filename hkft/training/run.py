@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
@@ -13,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, set_seed
 
+from hkft import processes
 from hkft.data import tokenise
 from hkft.data.sources import cells_of
 from hkft.data.tokenise import texts_of
@@ -43,7 +44,7 @@ from hkft.training import environment, looks
 from hkft.training.average import Average
 from hkft.training.mishaps import guard_loggers, working, writing
 from hkft.training.prepare import Material, arguments, check_criterion, step_counts
-from hkft.training.resume import Seal, check_recipe, check_rows, is_beginning, take_up
+from hkft.training.resume import Seal, check_processes, check_recipe, check_rows, is_beginning, take_up
 from hkft.training.shelf import Shelf
 from hkft.training.summary import started, summarise
 from hkft.training.trainer import Trainer
@@ -91,13 +92,21 @@ def begin(
 ) -> Begun:
     """Load everything a recipe names, and open its folder: what can be wrong before training is found before it.
 
-    force: resume under a recipe or rows that have changed. shelf: what other runs of the process have loaded already.
+    force: resume under a recipe or rows that have changed. shelf: what other runs of the process have loaded already. Of several
+    processes of a run the first one reads and prepares first, writes the folder, and tells; where one fails, all do.
 
     Raises UsageError where the folder holds a run already (a finished one is never overwritten), and what the rooms
     raise, with nothing written.
     """
-    folder = RunFolder(Path(output) if output else default_folder(recipe))
-    changed = _check_free(folder, recipe, resume, force)
+    with processes.together():
+        folder = RunFolder(Path(output) if output else default_folder(recipe))
+        _join(recipe, folder)
+        told = tell if processes.first() else silent
+        return _begin(recipe, folder, resume, force, told, shelf or Shelf(keeps=False))
+
+
+def _begin(recipe: Recipe, folder: RunFolder, resume: bool, force: bool, tell: Listener, shelf: Shelf) -> Begun:
+    changed = processes.of_first(lambda: _check_free(folder, recipe, resume, force))
     notices: list[Event] = []
 
     def heard(event: Event) -> None:
@@ -105,8 +114,7 @@ def begin(
             notices.append(event)
         tell(event)
 
-    shelf = shelf or Shelf(keeps=False)
-    material = shelf.material(recipe, heard)
+    material = processes.in_turn(lambda: shelf.material(recipe, heard))
     check_criterion(recipe, material)
     heard(Stage(f"loading {recipe.model.name}"))
     set_seed(recipe.seed)
@@ -114,13 +122,10 @@ def begin(
         model = build.with_lora(shelf.base(recipe, material.labels, build.padding_id(material.tokenizer)), recipe)
         start_from_adapter(model, recipe, material.labels, heard)
     with _nothing_left(folder.path), ExitStack() as held:
-        trainer = trainer_of(recipe, material, model, folder, heard)
-        if int(os.environ.get("RANK", "0")) == 0:  # of several processes of one run the first one writes
+        with processes.together():
+            trainer = trainer_of(recipe, material, model, folder, heard)
             held.enter_context(folder.held())
-        other_rows = check_rows(folder, material.fingerprints, force) if resume else []
-        if not resume or changed or other_rows:
-            with writing(folder):
-                _write(folder, recipe, material)
+            other_rows = processes.of_first(lambda: _open(folder, recipe, material, resume, force, bool(changed)))
         held = held.pop_all()
 
     said = {notice.text for notice in notices if isinstance(notice, Notice)}
@@ -155,6 +160,21 @@ def train(
     return begun.folder
 
 
+def _join(recipe: Recipe, folder: RunFolder) -> None:
+    """Where several processes train a run, let them find each other, as transformers does it, and each its device."""
+    if processes.count() == 1:
+        return
+    if ":" in recipe.model.device:
+        raise RecipeError(
+            "every process has a device of its own",
+            where="model.device",
+            found=recipe.model.device,
+            allowed="auto, cuda, cpu",
+        )
+    arguments(recipe, folder)
+    processes.check_joined()
+
+
 def _check_free(folder: RunFolder, recipe: Recipe, resume: bool, force: bool) -> list[str]:
     """Whether a run may begin here, or go on; what its recipe has otherwise than when it began. Raises UsageError."""
     check_place(folder.path)
@@ -178,8 +198,21 @@ def _check_free(folder: RunFolder, recipe: Recipe, resume: bool, force: bool) ->
     return []
 
 
+def _open(folder: RunFolder, recipe: Recipe, material: Material, resume: bool, force: bool, changed: bool) -> list[str]:
+    """Write what a run is of, once everything that can be wrong with it has been looked at; which sets have other rows.
+
+    What makes the folder a run comes last.
+    """
+    other_rows = check_rows(folder, material.fingerprints, force) if resume else []
+    if resume:
+        check_processes(folder)
+    if not resume or changed or other_rows:
+        with writing(folder):
+            _write(folder, recipe, material)
+    return other_rows
+
+
 def _write(folder: RunFolder, recipe: Recipe, material: Material) -> None:
-    """What a run is of, once everything that can be wrong with it has been looked at. What makes the folder a run comes last."""
     write_text(folder.recipe, recipe.source)
     write_json(folder.environment, environment.describe(recipe, material.fingerprints, material.tokenizer))
     told = {name: getattr(material, name) for name in ("labels", "duplicates", "near_duplicates")}
@@ -191,7 +224,10 @@ def _fit(begun: Begun) -> None:
     recipe, material, trainer, folder = begun.recipe, begun.material, begun.trainer, begun.folder
     tell, resume = begun.tell, begun.resume
     watcher = _watcher(recipe, material, folder, trainer, tell)
-    checkpoint = take_up(folder, watcher, begun.other_rows, tell) if resume else None
+    checkpoint = None
+    if resume:
+        checkpoint = processes.of_first(lambda: take_up(folder, watcher, begun.other_rows, tell))
+        watcher.curve = processes.of_first(lambda: watcher.curve)
     trainer.remove_callback(PrinterCallback)
     if recipe.diagnostics.average is not None:
         average = Average(_adapted(trainer), recipe.diagnostics.average)
@@ -213,10 +249,12 @@ def _fit(begun: Begun) -> None:
     write_json(folder.summary, summarise(recipe, folder, watcher, trainer, "running", facts))
     status = "failed"
     try:
-        facts |= _self_check(begun)
+        with processes.together():
+            facts |= _self_check(begun)
         environment.forget_peak(trainer.args.device)
         mishaps = working(folder, recipe, material)
-        with mishaps, memory.while_training(recipe), looks.StopOnSignal(watcher):
+        training = memory.while_training(recipe)
+        with mishaps, training, processes.noticing(), looks.StopOnSignal(watcher):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             whole = trainer.state.global_step >= watcher.at[-1] or watcher.interrupted is None
             status = "finished" if whole else "interrupted"
@@ -235,7 +273,7 @@ def _fit(begun: Begun) -> None:
         raise
     finally:
         told = summarise(recipe, folder, watcher, trainer, status, facts)
-        if status == "failed":
+        if status == "failed" and processes.first():
             for torn in folder.torn_checkpoints():  # on a full disk they are in the way
                 shutil.rmtree(torn, ignore_errors=True)
         with suppress(OSError) if status == "failed" else nullcontext():  # which is not to hide why
@@ -260,7 +298,7 @@ def _self_check(begun: Begun) -> dict[str, Any]:
     trainer, rows = begun.trainer, begun.material.examples["train"]
     if not any(dropper.rate for dropper in trainer.attachment.droppers):
         return {}
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if _spread(trainer):
         begun.tell(Notice("no self-check of the method: the model is spread over several devices"))
         return {}
     begun.tell(Stage("checking the method"))
@@ -287,6 +325,13 @@ def trainer_of(recipe: Recipe, material: Material, model: PeftModel, folder: Run
     settings = arguments(recipe, folder)
     if recipe.diagnostics.average is not None and (settings.fsdp or settings.deepspeed):
         raise RecipeError("the adapter is spread over devices, and cannot be averaged", where="diagnostics.average")
+    if settings.fsdp and (processes.count() == 1 or settings.device.type == "cpu"):  # transformers would train unspread
+        raise SetupError(
+            "FSDP spreads a model over several GPUs, with a process for each",
+            where="train.fsdp",
+            found=environment.device_name(settings.device),
+            hint="torchrun --nproc-per-node 2 -m hkft train ..., or leave train.fsdp out",
+        )
     if step_counts(len(material.examples["train"]), settings)[0] < 1:
         raise RecipeError("there is no step to train", where="train.num_train_epochs", allowed="more than 0")
     try:
@@ -310,13 +355,28 @@ def trainer_of(recipe: Recipe, material: Material, model: PeftModel, folder: Run
 @contextmanager
 def _nothing_left(path: Path) -> Iterator[None]:
     """What cannot begin leaves no folder, where there was none."""
-    there = path.exists()
+    there = path.exists() or not processes.first()
     try:
         yield
     except BaseException:
         if not there:
             shutil.rmtree(path, ignore_errors=True)
         raise
+
+
+def _spread(trainer: Trainer) -> bool:
+    """Whether a model is in parts on several devices."""
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+
+
+def _whole(trainer: Trainer) -> dict[str, Any] | None:
+    """The trained weights of a model that is in parts, which its processes put together; None: they are whole."""
+    if not _spread(trainer):
+        return None
+    if not trainer.accelerator.is_fsdp2:
+        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    trained = {name: each.detach() for name, each in _adapted(trainer).named_parameters() if each.requires_grad}
+    return {name: (each.full_tensor() if isinstance(each, DTensor) else each).clone() for name, each in trained.items()}
 
 
 def _adapted(trainer: Trainer) -> PeftModel:
@@ -357,6 +417,7 @@ def _watcher(
                 tell=tell,
                 looking=f"looking at {name}",
                 writing=f"writing for {name}",
+                share=processes.WHOLE if _spread(trainer) else processes.share(),  # a model spread over all needs all
             )
 
     def remember(step: int, seen: Mapping[str, Predictions | Completions]) -> None:
@@ -365,7 +426,7 @@ def _watcher(
         folder.remember({"step": step, **rows, "groups": None if groups is None else groups.tolist()})
 
     def aside() -> tuple[Added, int] | None:
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        if _spread(trainer):
             return None
         count = min(ASIDE, len(material.examples["train_probe"]))
         rows = [material.examples["train_probe"][n] for n in range(count)]
@@ -376,9 +437,12 @@ def _watcher(
         return texts_of(material.examples[split], material.tokenizer)
 
     def keep(seen: Mapping[str, Predictions | Completions]) -> None:
+        weights = _whole(trainer)
+        if not processes.first():
+            return
         beside = folder.adapter.with_name(".adapter.partial")
         shutil.rmtree(beside, ignore_errors=True)
-        model.save_pretrained(str(beside))
+        model.save_pretrained(str(beside), state_dict=weights)
         material.tokenizer.save_pretrained(str(beside))
         move_files(beside, folder.adapter)
         for split, predictions in seen.items():

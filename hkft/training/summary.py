@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hkft import processes
 from hkft.diagnostics.advice import next_steps
 from hkft.diagnostics.curve import from_records
 from hkft.diagnostics.gap import main_metric
@@ -73,6 +74,7 @@ def summarise(
         "dropout": recipe.method.as_dict(),
         "model": recipe.model.name,
         "seed": recipe.seed,
+        "processes": processes.count(),
         "task": recipe.task,
         "metric": metric(recipe),
         "final_step": final.step if final else None,

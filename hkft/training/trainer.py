@@ -184,18 +184,21 @@ class Trainer(TransformersTrainer):
             return token_objective(model, self._vocabulary, inputs, consistency, smoothing)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Trainer's step; a loss that is NaN or inf stops here, before the optimizer has moved anything."""
+        """Trainer's step; a loss that is NaN or inf, in any process, stops all here, before the optimizer has moved anything."""
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss).all():
+        (found,) = self._of_all(loss.detach().reshape(1))
+        if not math.isfinite(found):
             labels = args[1].get("labels")
-            if labels is not None and not (labels != IGNORED).any():
+            empty = labels is not None and not (labels != IGNORED).any()
+            if any(self._of_all(torch.tensor([float(empty)], device=loss.device))):
                 raise DataError(
                     f"the batch of step {self.state.global_step + 1} has no label to learn",
                     hint="leave out rows whose labels are all -100: Trainer would report a loss of 0 for them",
                 )
-            raise self._diverged(f"the training loss is {loss.item()}")
-        steps = self.args.gradient_accumulation_steps if self.loss_is_scaled_for_ga else 1
-        now = float(loss) * steps
+            raise self._diverged(f"the training loss is {found}")
+        now = found / self.args.world_size
+        if self.loss_is_scaled_for_ga:
+            now *= self.args.gradient_accumulation_steps
         self._first_loss = now if self._first_loss is None else self._first_loss
         if now > EXPLODED * max(1.0, self._first_loss):
             raise self._diverged(f"the training loss has exploded from {self._first_loss:.3g} to {now:.3g}")

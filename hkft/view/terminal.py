@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.live import Live
 
-from hkft.events import Event, Finished, Listener, Notice, Sample, Stage
+from hkft import processes
+from hkft.events import Event, Finished, Listener, Notice, Sample, Stage, silent
 from hkft.view import words
 from hkft.view.console import is_plain, output
 from hkft.view.plain import Brief, Plain
@@ -30,8 +31,11 @@ def view(
 
     json: a program reads stdout and most likely keeps stderr too, so plain lines. brief: there are many runs, and a line
     is left of each. The terminal is restored on every
-    way out; if training was cut short, its last screen stays.
+    way out; if training was cut short, its last screen stays. Of several processes of a run the first one shows it.
     """
+    if not processes.first():
+        yield silent
+        return
     console = console or output(stderr=True)
     if json or is_plain(console):
         yield Brief(console) if brief else Plain(console)
