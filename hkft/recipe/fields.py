@@ -8,6 +8,7 @@ said by the classes themselves when they are constructed.
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -208,6 +209,8 @@ def _fault(key: str, field: Field, value: Any) -> Problem | None:
         return Problem("not a value of this field", allowed=field.allowed, hint=hint)
     if field.kinds <= _SIMPLE and kind == "text" and value not in field.choices:
         return Problem("not one of its values", allowed=field.allowed, hint=nearest(value, field.choices))
+    if kind == "float" and not math.isfinite(value):
+        return Problem("not a finite number", allowed="a finite number")
     if key in MINIMUM and kind in ("int", "float") and value < MINIMUM[key]:
         return Problem("too small", allowed=f"{MINIMUM[key]} or more")
     if key == "lora_dropout":

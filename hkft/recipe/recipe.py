@@ -112,6 +112,8 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def _build(path: Path, text: str, overrides: tuple[str, ...]) -> Recipe:
     tree = parse(text, str(path))
     if not isinstance(tree.value, dict):
+        if tree.problems:
+            raise RecipeError(problems=tree.problems)
         found = "nothing" if tree.value is None else show(tree.value)
         raise RecipeError(
             "a recipe is a mapping of sections",
