@@ -104,6 +104,12 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     return f"did you mean {matches[0]!r}?" if matches else None
 
 
+def first_line(error: BaseException) -> str:
+    """What another library says, in a line: its first one, and the next where that ends in a colon; else the error's kind."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which a scheduler sends: what Ctrl-C cleans up is to be cleaned up then, too."""
 

@@ -249,6 +249,12 @@ def _check_version(summary: Path) -> None:
         )
 
 
+def check_there(path: Path) -> None:
+    """Raise DataError where one of a run's files is missing."""
+    if not path.exists():
+        raise _unusable(path, "is missing")
+
+
 def _unusable(path: Path, state: str) -> DataError:
     return DataError(f"a file of this run {state}", where=str(path), hint="the run cannot be used without it")
 

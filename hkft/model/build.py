@@ -22,7 +22,7 @@ from transformers import (
 
 from hkft.data.sources import package_path
 from hkft.dropout import families
-from hkft.errors import HkftError, MethodError, RecipeError, SetupError, nearest
+from hkft.errors import HkftError, MethodError, RecipeError, SetupError, first_line, nearest
 from hkft.model import pickles
 from hkft.model.vocabulary import inner_model
 
@@ -147,11 +147,11 @@ def _check_whole(recipe: Recipe, model: PreTrainedModel, told: Mapping[str, Any]
     lacking = dict.fromkeys(told["missing_keys"]) | shapes
     lacking = {name: said for name, said in lacking.items() if not name.startswith(new) and ".pooler." not in name}
     if lacking:
-        name, said = next(iter(lacking.items()))
+        name = min(lacking)
         raise SetupError(
             "the model's weights do not fit its configuration",
             where="model.name",
-            found=f"{said or f'no {name}'}; {len(lacking):,} such",
+            found=f"{lacking[name] or f'no {name}'}; {len(lacking):,} such",
             hint="config.json and the weights are of one model",
         )
 
@@ -388,16 +388,19 @@ def _opening(recipe: Recipe) -> Iterator[None]:
 
 def _missing(name: str, error: Exception) -> SetupError:
     """transformers takes a folder that is not there for a hub id, and says that it is none."""
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    folder = Path(location(name)).expanduser()
+    empty = folder.is_dir() and not (folder / "config.json").exists()
     path = name.startswith((".", "/", "~")) and not Path(name).exists()
     return SetupError(
         f"the model {name!r} could not be loaded",
         where="model.name",
         found="there is no such folder"
         if path
+        else "a folder without config.json"
+        if empty
         else "it needs code of its own"
         if "remote_code" in str(error)
-        else first,
+        else first_line(error),
         allowed="a hub id, a local folder, or package:<python package>/<path inside it>",
         hint="offline, only models in the local hub cache or in a folder can be used; no code of a model's own is run",
     )
