@@ -16,16 +16,22 @@ next; a fault of hkft's own is an assert or an ordinary exception, and shows a t
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from difflib import get_close_matches
 from typing import Any
 
 INTERRUPTED = 130
 TERMINATED = 143
+
+SECRET = r"""Bearer\s+(?=\S*[\d._-])\S{6,} | \beyJ[\w.-]{16,} | \b(hf|api_org|gh[a-z])_[A-Za-z0-9]{30,} | \bAKIA[0-9A-Z]{16}\b | \bsk-[\w-]{20,}
+    | (?<=[:/]/)[^/\s@]*:[^/\s@]+(?=@) | (?<=\?)\S*(Signature|Credential)=\S* | (?<=[?&])\w*(token|key|password)=[^\s&]+"""
+HOLDS_ONE = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")  # names of the environment's variables
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +68,8 @@ class HkftError(Exception):
         hint: str | None = None,
         problems: Sequence[Problem] = (),
     ) -> None:
-        self.problems = tuple(problems) or (Problem(message, where, found, allowed, hint),)
+        told = tuple(problems) or (Problem(message, where, found, allowed, hint),)
+        self.problems = tuple(Problem(*(text and scrubbed(text) for text in astuple(problem))) for problem in told)
         super().__init__("\n".join(map(str, self.problems)))
 
 
@@ -96,6 +103,17 @@ class DivergedError(HkftError):
 
 class CheckFailedError(HkftError):
     exit_code = 7
+
+
+def secrets() -> re.Pattern[str]:
+    """What looks like a token or a password, and what the environment holds of them."""
+    held = [value for name, value in os.environ.items() if HOLDS_ONE.search(name) and len(value) >= 8]
+    return re.compile("|".join([SECRET, *(re.escape(value) for value in held)]), re.VERBOSE | re.ASCII)
+
+
+def scrubbed(text: str) -> str:
+    """The text with *** in place of secrets."""
+    return secrets().sub("***", text)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

@@ -19,7 +19,7 @@ from hkft.data.files import kind_of, read_file
 from hkft.data.hub import read_hub
 from hkft.data.quiet import quiet
 from hkft.data.references import locate, package_path
-from hkft.errors import DataError
+from hkft.errors import DataError, scrubbed
 from hkft.events import Listener, Stage
 
 __all__ = ["batches_of", "cells_of", "column_of", "locate", "package_path", "picked", "read"]
@@ -38,7 +38,7 @@ def read(reference: str, tell: Listener) -> datasets.Dataset:
     The fingerprint that `content_of` gives is the same wherever the same is read.
     """
     quiet()
-    tell(Stage(f"reading {reference}"))
+    tell(Stage(f"reading {scrubbed(reference)}"))
     path = locate(reference)
     if path is None:
         return read_hub(reference)

@@ -80,6 +80,7 @@ DECIDED: dict[str, dict[str, str]] = {
         "prediction_loss_only": "hkft computes the task's metrics",
         "remove_unused_columns": _COLUMNS,
         "label_names": _COLUMNS,
+        "hub_token": "a recipe holds no token: set HF_TOKEN in the environment",
         "do_train": _COMMAND,
         "do_eval": _COMMAND,
         "do_predict": _COMMAND,

@@ -85,9 +85,11 @@ def read(tmp_path: Path):
         try:
             recipe = load(path, overrides)
         except RecipeError as error:
-            assert error.problems and all(problem.message for problem in error.problems)
-            return
-        assert parse(recipe.resolved(), "again").value == parse(dump(recipe.values()), "again").value
+            told = [problem.message for problem in error.problems]
+        else:
+            told = [recipe.resolved()]
+            assert parse(told[0], "again").value == parse(dump(recipe.values()), "again").value
+        assert told and all(told)
 
     return go
 
