@@ -48,9 +48,11 @@ def read(reference: str, tell: Listener) -> datasets.Dataset:
         tables = read_file(path)
         try:
             return _in_memory(tables) if file is None else written(tables, file)
-        except (ValueError, NotImplementedError, TypeError) as error:
+        except (ValueError, NotImplementedError, TypeError, KeyError) as error:
             found = str(error).splitlines()[0]
-            raise DataError("a column has a type that datasets cannot hold", where=str(path), found=found) from None
+            raise DataError(
+                "a column has a type or a name that datasets cannot hold", where=str(path), found=found
+            ) from None
 
     rows = make(None) if path.stat().st_size <= LARGE else None
     name = cache.key(source=_checksum(path), ending=kind, pyarrow=pa.__version__)

@@ -76,6 +76,7 @@ def test_any_table_of_text(read, ending, pieces, task):
 
 
 @quick
+@example(ending=".json", found=[{"\x00": None, "": None}], task="classification")
 @given(
     ending=st.sampled_from([".json", ".jsonl"]),
     found=objects | st.lists(values, max_size=3) | st.dictionaries(NAMES, st.lists(values, max_size=4), max_size=3),
