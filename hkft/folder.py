@@ -76,7 +76,8 @@ class RunFolder:
     @property
     def exists(self) -> bool:
         """Raises DataError where a later version of hkft has written the run."""
-        _check_version(self.summary)
+        if self.summary.exists():
+            _check_version(self.summary)
         return self.resolved.exists() or self.summary.exists()
 
     @property

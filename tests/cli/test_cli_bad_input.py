@@ -1047,9 +1047,11 @@ RUNS = {
     ),
     "a torn resolved.yaml": folder(
         EVAL,
-        lambda: torn("run/resolved.yaml"),
+        lambda: write("run/resolved.yaml", "model: {name: bert\n"),
         2,
-        "error: this line has no ':'\n  where    run/resolved.yaml:39:8\n  hint     write `key: value`\n",
+        "error: a bracket is not closed, or a comma is missing\n"
+        "  where    run/resolved.yaml:2:1\n"
+        "  hint     close every [ with ] and every { with }\n",
     ),
     "a run without metrics.jsonl": folder("diagnose run", lambda: remove("run/metrics.jsonl"), 0),
     "a metrics.jsonl of other things": folder(
