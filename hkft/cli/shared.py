@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TextIO
 
 import typer
 
-from hkft.errors import INTERRUPTED, TERMINATED, DataError, HkftError, SetupError, Terminated, terminable
+from hkft.errors import INTERRUPTED, TERMINATED, DataError, HkftError, SetupError, Terminated, first_line, terminable
 from hkft.events import Listener, Stage
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ P = ParamSpec("P")
 def reported(command: Callable[P, None]) -> Callable[P, None]:
     """Show an error calmly and exit with its code; with --debug, after its traceback.
 
-    An OSError that names a file is the machine's or the user's fault, not hkft's: no space, no permission.
+    An OSError that names a file is the machine's or the user's fault, not hkft's: no space, no permission. So is an
+    ImportError: a package that a recipe asks for is not installed.
     """
 
     @functools.wraps(command)
@@ -51,10 +52,10 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
         try:
             with terminable():
                 command(*args, **kwargs)
-        except (HkftError, OSError) as error:
+        except (HkftError, OSError, ImportError) as error:
             if isinstance(error, OSError) and error.filename is None:
                 raise
-            told = error if isinstance(error, HkftError) else SetupError(str(error.strerror), where=str(error.filename))
+            told = _told(error)
             if kwargs.get("debug"):
                 traceback.print_exc()
             if kwargs.get("json"):
@@ -74,6 +75,14 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(code) from None
 
     return run
+
+
+def _told(error: HkftError | OSError | ImportError) -> HkftError:
+    if isinstance(error, OSError):
+        return SetupError(str(error.strerror), where=str(error.filename))
+    return (
+        SetupError("a package is not installed", found=first_line(error)) if isinstance(error, ImportError) else error
+    )
 
 
 def _interrupted(error: BaseException | None) -> bool:

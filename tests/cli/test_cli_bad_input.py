@@ -412,6 +412,12 @@ RECIPES = {
         "'('",
         "error: PEFT refuses the lora section: missing ), unterminated subpattern at position 0\n  where    lora\n",
     ),
+    "a package that is not installed": edited(
+        "1.0e-2",
+        "1.0e-2, deepspeed: zero.json",
+        "error: a package is not installed\n  found    ...deepspeed...\n",
+        code=4,
+    ),
 }
 
 DATA = {
