@@ -17,17 +17,23 @@ next; a fault of hkft's own is an assert or an ordinary exception, and shows a t
 from __future__ import annotations
 
 import errno
+import os
+import re
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from difflib import get_close_matches
 from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk; a write that fails so names no file
 INTERRUPTED = 130
 TERMINATED = 143
+
+SECRET = r"""Bearer\s+(?=\S*[\d._-])\S{6,} | \beyJ[\w.-]{16,} | \b(hf|api_org|gh[a-z])_[A-Za-z0-9]{30,} | \bAKIA[0-9A-Z]{16}\b | \bsk-[\w-]{20,}
+    | (?<=[:/]/)[^/\s@]*:[^/\s@]+(?=@) | (?<=\?)\S*(Signature|Credential)=\S* | (?<=[?&])\w*(token|key|password)=[^\s&]+"""
+HOLDS_ONE = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)$")  # names of the environment's variables
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,8 @@ class HkftError(Exception):
         hint: str | None = None,
         problems: Sequence[Problem] = (),
     ) -> None:
-        self.problems = tuple(problems) or (Problem(message, where, found, allowed, hint),)
+        told = tuple(problems) or (Problem(message, where, found, allowed, hint),)
+        self.problems = tuple(Problem(*(text and scrubbed(text) for text in astuple(problem))) for problem in told)
         super().__init__("\n".join(map(str, self.problems)))
 
 
@@ -102,18 +109,41 @@ class CheckFailedError(HkftError):
 
 
 def as_told(error: Exception) -> HkftError:
-    """An error as hkft's own. An OSError that names a file, or a full disk, is the machine's or the user's fault."""
+    """An error as hkft's own.
+
+    An OSError that names a file is the machine's or the user's fault, and so is a full disk, or an ImportError: a package that a
+    recipe asks for is not installed.
+    """
     if isinstance(error, HkftError):
         return error
     if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL):
         return SetupError(str(error.strerror), where=str(error.filename or "where the output goes"))
+    if isinstance(error, ImportError):
+        return SetupError("a package is not installed", found=first_line(error))
     return HkftError(f"{type(error).__name__}: {error}")
+
+
+def secrets() -> re.Pattern[str]:
+    """What looks like a token or a password, and what the environment holds of them."""
+    held = [value for name, value in os.environ.items() if HOLDS_ONE.search(name) and len(value) >= 8]
+    return re.compile("|".join([SECRET, *(re.escape(value) for value in held)]), re.VERBOSE | re.ASCII)
+
+
+def scrubbed(text: str) -> str:
+    """The text with *** in place of secrets."""
+    return secrets().sub("***", text)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
     """A hint naming the choice spelled most like `word`, or None where nothing comes close."""
     matches = get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.6)
     return f"did you mean {matches[0]!r}?" if matches else None
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says, in a line: its first one, and the next where that ends in a colon; else the error's kind."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
 
 
 class Terminated(KeyboardInterrupt):

@@ -77,6 +77,9 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
+        """Raises DataError where a later version of hkft has written the run."""
+        if self.summary.exists():
+            _check_version(self.summary)
         return self.resolved.exists() or self.summary.exists()
 
     @property
@@ -134,7 +137,7 @@ class RunFolder:
 
     def records(self, *events: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, of the named events only if any are named."""
-        return [record for record in read_jsonl(self.metrics) if not events or record["event"] in events]
+        return [record for record in read_jsonl(self.metrics) if not events or record.get("event") in events]
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end."""
@@ -240,23 +243,63 @@ def _append(path: Path, record: Mapping[str, Any]) -> None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The lines of one of a run's files that grow; none where it is not there."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except ValueError:
             continue  # the last line of a killed run may be torn
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 
+class _Content(dict[str, Any]):
+    """What a file of a run holds. That a key is not there is the file's fault: DataError in place of KeyError."""
+
+    def __init__(self, content: Mapping[str, Any], path: Path) -> None:
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise _unusable(self.path, f"lacks {key!r}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """One of a run's files. Raises DataError where it is missing or damaged."""
+    """One of a run's files. Raises DataError where it is missing or damaged; so does asking it for a key that it lacks."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError) as error:
-        state = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise _unusable(path, "is missing") from error
+    except (ValueError, RecursionError) as error:
+        raise _unusable(path, "is damaged") from error
+    if not isinstance(content, dict):
+        raise _unusable(path, "is damaged")
+    return _Content(content, path)
+
+
+def _check_version(summary: Path) -> None:
+    try:
+        version = read_json(summary).get("schema_version")
+    except DataError:  # said when it is needed
+        return
+    if isinstance(version, int) and version > SCHEMA_VERSION:
         raise DataError(
-            f"a file of this run {state}", where=str(path), hint="the run cannot be used without it"
-        ) from error
+            "a later version of hkft has written this run",
+            where=f"{summary}: schema_version",
+            found=str(version),
+            allowed=f"up to {SCHEMA_VERSION}",
+            hint="pip install --upgrade hkft",
+        )
+
+
+def check_there(path: Path) -> None:
+    """Raise DataError where one of a run's files is missing."""
+    if not path.exists():
+        raise _unusable(path, "is missing")
+
+
+def _unusable(path: Path, state: str) -> DataError:
+    return DataError(f"a file of this run {state}", where=str(path), hint="the run cannot be used without it")
 
 
 def check_place(path: Path) -> None:

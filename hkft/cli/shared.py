@@ -59,7 +59,7 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
                         hint="leave out torchrun or `accelerate launch`",
                     )
                 command(*args, **kwargs)
-        except (HkftError, OSError) as error:
+        except (HkftError, OSError, ImportError) as error:
             if isinstance(error, OSError) and error.filename is None and error.errno not in FULL:
                 raise
             told = as_told(error)

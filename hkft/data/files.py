@@ -54,14 +54,17 @@ def read_file(path: Path) -> Iterator[pa.Table]:
 def kind_of(path: Path) -> str:
     """One of KINDS. Raises DataError where there is no file, or none of them."""
     where = str(path)
-    if path.is_dir():
-        inside = sorted(entry.name for entry in path.iterdir() if _kind(entry) in KINDS)
-        raise DataError(
-            "this is a folder, not a file", where=where, found=", ".join(inside[:5]) or "no data file in it"
-        )
-    if not path.exists():
-        here = None if path.is_absolute() else f"a relative path is looked for from {Path.cwd()}"
-        raise DataError("there is no such file", where=where, hint=neighbour(path) or here)
+    try:
+        if path.is_dir():
+            inside = sorted(entry.name for entry in path.iterdir() if _kind(entry) in KINDS)
+            raise DataError(
+                "this is a folder, not a file", where=where, found=", ".join(inside[:5]) or "no data file in it"
+            )
+        if not path.exists():
+            here = None if path.is_absolute() else f"a relative path is looked for from {Path.cwd()}"
+            raise DataError("there is no such file", where=where, hint=neighbour(path) or here)
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise _unread(where, error) from None
     kind = _kind(path)
     if kind not in KINDS:
         allowed = ", ".join(kind.removeprefix(".") for kind in KINDS)
@@ -96,7 +99,11 @@ def _check_text(path: Path) -> None:
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise DataError("the gzip file is damaged or cut short", where=str(path)) from None
     except OSError as error:
-        raise DataError("the file cannot be read", where=str(path), found=error.strerror) from None
+        raise _unread(str(path), error) from None
+
+
+def _unread(where: str, error: OSError) -> DataError:
+    return DataError("the file cannot be read", where=where, found=error.strerror)
 
 
 def _check_blocks(path: Path, blocks: Iterator[bytes]) -> None:
@@ -126,7 +133,10 @@ def _parquet(path: Path) -> Iterator[pa.Table]:
             schema = file.schema_arrow
             if file.metadata.num_rows == 0:
                 raise DataError("the file has no rows", where=str(path), found=f"columns {', '.join(schema.names)}")
+            if repeated := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+                raise DataError("two columns have one name", where=str(path), found=", ".join(repeated))
             for batch in file.iter_batches(BATCH):
+                batch.validate(full=True)  # pyarrow takes a text's bytes as they come
                 yield _without_categories(pa.Table.from_batches([batch]).replace_schema_metadata(schema.metadata))
     except (pa.ArrowException, OSError) as error:
         found = str(error).splitlines()[0]
@@ -148,9 +158,9 @@ def _json(path: Path, where: str, lines: bool) -> Iterator[pa.Table]:
         try:
             with _text(path, "\n") as file:
                 document = json.load(file)
-        except json.JSONDecodeError as error:
-            if not error.msg.startswith("Extra data"):
-                raise _not_json(error, where, error.lineno) from None
+        except (ValueError, RecursionError) as error:
+            if not (isinstance(error, json.JSONDecodeError) and error.msg.startswith("Extra data")):
+                raise _not_json(error, where, getattr(error, "lineno", 1)) from None
             lines = True  # lines of JSON under the ending of a document
     if lines:
         objects = partial(_objects, path, where)
@@ -170,8 +180,18 @@ def _json(path: Path, where: str, lines: bool) -> Iterator[pa.Table]:
 
 
 def _json_of_rows(rows: Sequence[Mapping[str, Any]], where: str) -> pa.Table:
-    names = dict.fromkeys(name for row in rows for name in row)
+    names = _names(rows, where)
     return pa.table({name: _column([row.get(name) for row in rows], name, where) for name in names})
+
+
+def _names(rows: Sequence[Mapping[str, Any]], where: str) -> list[str]:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise _not_unicode(name, where) from None
+    return names
 
 
 def _check_objects(items: Sequence[Any], before: int, where: str) -> None:
@@ -202,7 +222,7 @@ def _kinds(objects: Callable[[], Iterator[Any]], where: str) -> dict[str, pa.Dat
     for items in _batched(objects()):
         try:
             _check_objects(items, done, where)
-            for name in dict.fromkeys(name for item in items for name in item):
+            for name in _names(items, where):
                 found.setdefault(name, {})[_kind_of([item.get(name) for item in items], name, where)] = None
         except DataError as error:
             problem = problem or error  # a line that is no JSON is told first
@@ -251,12 +271,16 @@ def _objects(path: Path, where: str) -> Iterator[Any]:
                 continue
             try:
                 yield json.loads(line.removesuffix("\n"))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise _not_json(error, where, number) from None
 
 
-def _not_json(error: json.JSONDecodeError, where: str, line: int) -> DataError:
-    return DataError("this is not JSON", where=f"{where}:{line}:{error.colno}", found=error.msg)
+def _not_json(error: Exception, where: str, line: int) -> DataError:
+    """Of a text that is no JSON, or that Python does not read: nested too deeply, a number of thousands of digits."""
+    if isinstance(error, json.JSONDecodeError):
+        return DataError("this is not JSON", where=f"{where}:{line}:{error.colno}", found=error.msg)
+    found = "lists or objects nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
+    return DataError("this JSON cannot be read", where=f"{where}:{line}", found=found)
 
 
 def _unwrap(document: Mapping[str, Any]) -> list[Any] | None:

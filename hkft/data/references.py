@@ -34,7 +34,8 @@ def package_path(reference: str) -> Path:
     no such file.
     """
     package, _, inside = reference.removeprefix(PACKAGE).partition("/")
-    if not reference.startswith(PACKAGE) or not package.isidentifier():
+    leads_out = inside.startswith(("/", "\\")) or ".." in inside.replace("\\", "/").split("/")
+    if not reference.startswith(PACKAGE) or not package.isidentifier() or leads_out:
         raise UsageError(
             "this names no file of a Python package",
             where=reference,

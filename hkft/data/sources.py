@@ -19,7 +19,7 @@ from hkft.data.files import kind_of, read_file
 from hkft.data.hub import read_hub
 from hkft.data.quiet import quiet
 from hkft.data.references import locate, package_path
-from hkft.errors import DataError
+from hkft.errors import DataError, scrubbed
 from hkft.events import Listener, Stage
 
 __all__ = ["batches_of", "cells_of", "column_of", "locate", "package_path", "picked", "read"]
@@ -38,7 +38,7 @@ def read(reference: str, tell: Listener) -> datasets.Dataset:
     The fingerprint that `content_of` gives is the same wherever the same is read.
     """
     quiet()
-    tell(Stage(f"reading {reference}"))
+    tell(Stage(f"reading {scrubbed(reference)}"))
     path = locate(reference)
     if path is None:
         return read_hub(reference)
@@ -48,9 +48,11 @@ def read(reference: str, tell: Listener) -> datasets.Dataset:
         tables = read_file(path)
         try:
             return _in_memory(tables) if file is None else written(tables, file)
-        except (ValueError, NotImplementedError, TypeError) as error:
+        except (ValueError, NotImplementedError, TypeError, KeyError) as error:
             found = str(error).splitlines()[0]
-            raise DataError("a column has a type that datasets cannot hold", where=str(path), found=found) from None
+            raise DataError(
+                "a column has a type or a name that datasets cannot hold", where=str(path), found=found
+            ) from None
 
     rows = make(None) if path.stat().st_size <= LARGE else None
     name = cache.key(source=_checksum(path), ending=kind, pyarrow=pa.__version__)

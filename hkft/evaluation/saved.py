@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hkft.data import splits, tokenise
 from hkft.data.rows import rows as read_rows
-from hkft.errors import SetupError, UsageError
+from hkft.errors import SetupError, UsageError, first_line
 from hkft.evaluation.completions import Completions
 from hkft.evaluation.look import look
 from hkft.evaluation.predict import Predictions
 from hkft.events import Listener, Notice, Stage, silent
-from hkft.folder import RunFolder, read_json, write_json, write_jsonl
+from hkft.folder import RunFolder, check_there, read_json, write_json, write_jsonl
 from hkft.model import build, memory, pickles
 from hkft.model.fused import fuse
 from hkft.recipe import Recipe, load
@@ -180,13 +179,15 @@ def keep(saved: Saved, split: str, predictions: Predictions | Completions) -> st
 def adapted(base: PreTrainedModel, adapter: Path) -> PeftModel:
     """The base model with the adapter's weights, every one of them. Raises SetupError where they do not fit."""
     pickles.refuse(adapter)
+    if not (adapter / "adapter_model.safetensors").exists():  # PEFT would look for it on the hub
+        raise SetupError("there are no weights", where=str(adapter), allowed="adapter_model.safetensors")
     try:
         with warnings.catch_warnings():
             # PEFT leaves what it does not find at its first value, which is no adapter at all
             warnings.filterwarnings("error", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(base, str(adapter))
-    except (RuntimeError, ValueError, OSError, KeyError, SafetensorError, UserWarning) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error).strip().splitlines()[0]
+    except Exception as error:  # the border to a foreign library: whatever it raises is about this adapter
+        reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise SetupError(
             "the adapter does not fit the base model",
             where=str(adapter),
@@ -203,6 +204,7 @@ def _fingerprint(folder: RunFolder, split: str) -> str | None:
 
 def _resolved(folder: RunFolder | None) -> Path:
     assert folder is not None
+    check_there(folder.resolved)
     return folder.resolved
 
 

@@ -28,18 +28,26 @@ Record = dict[str, Any]
 
 def records(lines: Iterable[str], where: str) -> Iterator[Record]:
     """The objects of JSON lines, blank ones passed over. Raises DataError with the line's number."""
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_texts(lines, where), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 "not a line of JSON", where=f"{where}:{number}", found=f"{line.strip()[:80]}: {error}"
             ) from None
         if not isinstance(record, dict):
             raise DataError("a line is one object", where=f"{where}:{number}", found=line.strip()[:80], allowed="{...}")
         yield record
+
+
+def _texts(lines: Iterable[str], where: str) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{error.object[error.start]:02x}"
+        raise DataError("this is not UTF-8 text", where=where, found=found) from None
 
 
 def predictions(saved: Saved, given: Iterable[Record], where: str, tell: Listener) -> Iterator[Record]:

@@ -15,7 +15,7 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from hkft.errors import HkftError, SetupError, UsageError
+from hkft.errors import HkftError, SetupError, UsageError, scrubbed
 from hkft.events import Listener, Notice, Stage, silent
 from hkft.merging.place import RECORD
 
@@ -29,9 +29,6 @@ TOKENIZER = """tokenizer*.json special_tokens_map.json added_tokens.json *vocab*
     normalizer.json tokenizer.model spiece.model spm*.model sentencepiece*.model *.tiktoken bpe.codes dict.txt
     chat_template.json chat_template.jinja additional_chat_templates/*.jinja"""
 FILES = (*WEIGHTS, *TOKENIZER.split(), "config.json", "generation_config.json", "README.md", RECORD)
-SECRET = re.compile(
-    r"Bearer\s+\S+|\b(hf|api_org)_[A-Za-z0-9]{30,}|\beyJ[\w.-]{16,}|(?<=\?)\S*(Signature|Credential)=\S*"
-)
 LOG_IN = "`hf auth login`, or set HF_TOKEN, with a token that may write"
 ANSWERS = {  # HTTP status -> what it means here, what to do about it
     401: ("the hub does not accept the token", LOG_IN),
@@ -184,5 +181,5 @@ def _silence() -> Iterator[list[warnings.WarningMessage]]:
 
 def _scrubbed(text: str, token: str | None = None) -> str:
     """One line of at most 300 printable characters, without the token or what looks like one."""
-    text = SECRET.sub("***", text.replace(token, "***") if token else text)
+    text = scrubbed(text.replace(token, "***") if token else text)
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:300]

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -64,7 +64,7 @@ class Stored:
         while len(buffer):  # one call reads 2 GB at most
             count = file.readinto(buffer)
             if not count:
-                raise _damaged(self.path, f"no bytes are left of {self.name}")
+                raise pickles.damaged(self.path, f"no bytes are left of {self.name}")
             buffer = buffer[count:]
 
 
@@ -78,11 +78,11 @@ def checkpoint(folder: Path) -> dict[str, Stored]:
         return header(single)
     if not index.exists():
         raise _no_weights(folder)
-    files = _index(index)
+    files = pickles.index(index)
     tensors = {file: header(folder / file) for file in sorted(set(files.values()))}
     lost = next((name for name, file in files.items() if name not in tensors[file]), None)
     if lost is not None:
-        raise _damaged(index, f"{lost} is not in {files[lost]}")
+        raise pickles.damaged(index, f"{lost} is not in {files[lost]}")
     return {name: tensors[file][name] for name, file in files.items()}
 
 
@@ -103,7 +103,7 @@ def header(path: Path) -> dict[str, Stored]:
             (length,) = struct.unpack("<Q", file.read(8))
             entries = json.loads(file.read(length))
     except (OSError, SafetensorError) as error:
-        raise _damaged(path, str(error).strip().splitlines()[0]) from error
+        raise pickles.damaged(path, str(error).strip().splitlines()[0]) from error
     return {
         name: Stored(path, name, entry["dtype"], tuple(entry["shape"]), 8 + length + first, last - first)
         for name, entry in entries.items()
@@ -192,33 +192,6 @@ class ShardWriter:
             self._places[name] = (path, 8 + len(text) + place["data_offsets"][0])
 
 
-def _index(path: Path) -> dict[str, str]:
-    """Tensor name -> name of the file, in the same folder, that holds it."""
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        plain = all(isinstance(file, str) and file for file in files.values()) and bool(files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, "no weight_map could be read") from error
-    if not plain:
-        raise _damaged(path, "a weight_map that does not give each tensor a file")
-    for file in set(files.values()):
-        if PurePosixPath(file).name != file or PureWindowsPath(file).name != file or file == "..":
-            raise SetupError(
-                "the index leads out of the model's folder",
-                where=str(path),
-                found=file,
-                allowed="names of files beside the index",
-                hint="such a model was not made in good faith: do not use it",
-            )
-    return files
-
-
 def _no_weights(folder: Path) -> SetupError:
     pickles.refuse(folder)
     return SetupError("there are no weights", where=str(folder), allowed="safetensors files")
-
-
-def _damaged(path: Path, found: str) -> SetupError:
-    return SetupError(
-        "the file is damaged or incomplete", where=str(path), found=found, hint="fetch or copy it once more"
-    )

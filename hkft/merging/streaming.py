@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -283,7 +284,7 @@ def _wrapped(model: PreTrainedModel, lora: peft.PeftConfig, folder: Path) -> pef
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")  # of tied embeddings: they are untied
             wrapped = kind(model, lora, low_cpu_mem_usage=True)
-    except (ValueError, RuntimeError, TypeError) as error:
+    except (ValueError, RuntimeError, TypeError, re.error) as error:
         raise SetupError("the adapter does not fit the base model", where=str(folder), found=_first(error)) from error
     for path, module in wrapped.named_modules():
         if not isinstance(module, kinds.LoraLayer):

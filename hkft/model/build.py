@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ from transformers import (
 
 from hkft.data.sources import package_path
 from hkft.dropout import families
-from hkft.errors import MethodError, RecipeError, SetupError, nearest
+from hkft.errors import HkftError, MethodError, RecipeError, SetupError, first_line, nearest
 from hkft.model import pickles
 from hkft.model.vocabulary import inner_model
 
@@ -53,16 +55,45 @@ def location(name: str) -> str:
 
 def tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The model's tokenizer, which knows how many positions the model has. Raises SetupError where it is not to be had."""
-    try:
+    with _opening(recipe):
         how = {"revision": recipe.model.revision, "trust_remote_code": False}
         found = AutoTokenizer.from_pretrained(location(recipe.model.name), **how)
-        config = AutoConfig.from_pretrained(location(recipe.model.name), **how)
-    except (OSError, ValueError, KeyError) as error:
-        raise _missing(recipe.model.name, error) from error
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        config = AutoConfig.from_pretrained(location(recipe.model.name), **how).get_text_config()
+    _check_vocabulary(recipe, found, config)
+    positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
         found.model_max_length = min(found.model_max_length, positions)
     return found
+
+
+def _check_vocabulary(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Raise SetupError for a tokenizer that knows no words, or tokens that the model has no embeddings for.
+
+    Where there are no files of a tokenizer, transformers makes up an empty one. Special tokens that no text holds, such as
+    those that stand for an image, may be beyond the embeddings.
+    """
+    words, rows = tokenizer.get_vocab(), getattr(config, "vocab_size", None)
+    if len(words) <= len(set(tokenizer.all_special_ids)):
+        raise SetupError(
+            "the model has no tokenizer, or one without words",
+            where="model.name",
+            found=recipe.model.name,
+            hint="its folder holds tokenizer.json, or the files that its kind of tokenizer reads",
+        )
+    if not isinstance(rows, int) or max(words.values()) < rows:
+        return
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    used = {getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "cls", "sep", "unk")}
+    beyond = {number: word for word, number in words.items() if number >= rows and number not in special - used}
+    if beyond:
+        first = min(beyond)
+        raise SetupError(
+            "the tokenizer has tokens that the model has no embeddings for",
+            where="model.name",
+            found=f"{beyond[first]!r} is token {first:,}",
+            allowed=f"tokens below {rows:,}, as many as the model's vocab_size",
+            hint="load the model with transformers, call resize_token_embeddings(len(tokenizer)), and save both",
+        )
 
 
 def auto_class(task: str) -> Any:
@@ -77,25 +108,24 @@ def base(recipe: Recipe, labels: Sequence[str] | None, pad_token_id: int | None 
     Raises SetupError: no such model, device or package, or no decoder where text is to be generated.
     """
     place = device(recipe.model.device)
-    try:
-        config = configuration(recipe, labels)
-        pickles.refuse(location(recipe.model.name))
+    config = configuration(recipe, labels)
+    with _opening(recipe):
         dtype = weights_dtype(recipe.model.dtype, config, place)
         quantised = _quantisation(recipe, place, config, dtype)
         torch.manual_seed(recipe.seed)  # the head's initial weights
-        model = auto_class(recipe.task).from_pretrained(
+        model, told = auto_class(recipe.task).from_pretrained(
             location(recipe.model.name),
             config=config,
             revision=recipe.model.revision,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=recipe.task != "generation",  # the head of another task gives way to a new one
+            ignore_mismatched_sizes=True,  # the head of another task gives way to a new one
+            output_loading_info=True,
             **quantised,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise _missing(recipe.model.name, error) from error
     check_decoder(recipe, model)
+    _check_whole(recipe, model, told)
     pad_with(model, pad_token_id)
     if not quantised:
         return model.to(place)
@@ -107,11 +137,35 @@ def base(recipe: Recipe, labels: Sequence[str] | None, pad_token_id: int | None 
     return model
 
 
+def _check_whole(recipe: Recipe, model: PreTrainedModel, told: Mapping[str, Any]) -> None:
+    """Raise SetupError where the files lack weights of the model: transformers draws them, and training would begin there.
+
+    But for a head, which is new, and BERT's pooler, which leads to it.
+    """
+    new = () if recipe.task == "generation" else tuple(heads(model))
+    shapes = {name: f"{name} {[*there]}, where {[*wanted]} fits" for name, there, wanted in told["mismatched_keys"]}
+    lacking = dict.fromkeys(told["missing_keys"]) | shapes
+    lacking = {name: said for name, said in lacking.items() if not name.startswith(new) and ".pooler." not in name}
+    if lacking:
+        name = min(lacking)
+        raise SetupError(
+            "the model's weights do not fit its configuration",
+            where="model.name",
+            found=f"{lacking[name] or f'no {name}'}; {len(lacking):,} such",
+            hint="config.json and the weights are of one model",
+        )
+
+
 def configuration(recipe: Recipe, labels: Sequence[str] | None) -> PreTrainedConfig:
-    """The base model's configuration, for the task. Raises SetupError for an encoder that is to generate."""
-    config = AutoConfig.from_pretrained(
-        location(recipe.model.name), revision=recipe.model.revision, trust_remote_code=False
-    )
+    """The base model's configuration, for the task.
+
+    Raises SetupError where it cannot be read, for weights that are pickled, and for an encoder that is to generate.
+    """
+    with _opening(recipe):
+        pickles.refuse(location(recipe.model.name))
+        config = AutoConfig.from_pretrained(
+            location(recipe.model.name), revision=recipe.model.revision, trust_remote_code=False
+        )
     set_native_dropout(config, recipe.model.native_dropout)
     if recipe.task == "generation":
         if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
@@ -203,7 +257,7 @@ def with_lora(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
         wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
         fuse(wrapped)
         return wrapped  # type: ignore[return-value]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, re.error) as error:
         wanted = recipe.lora.get("target_modules")
         names = linear_names(model)
         missing = [name for name in wanted if name not in names] if isinstance(wanted, list) else []
@@ -321,18 +375,32 @@ def _no_decoder(recipe: Recipe, config: PreTrainedConfig) -> SetupError:
     )
 
 
+@contextmanager
+def _opening(recipe: Recipe) -> Iterator[None]:
+    """The border to a foreign library: whatever it raises, but for want of memory, is about the model that it opens."""
+    try:
+        yield
+    except (HkftError, RuntimeError, MemoryError):
+        raise
+    except Exception as error:
+        raise _missing(recipe.model.name, error) from error
+
+
 def _missing(name: str, error: Exception) -> SetupError:
     """transformers takes a folder that is not there for a hub id, and says that it is none."""
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    folder = Path(location(name)).expanduser()
+    empty = folder.is_dir() and not (folder / "config.json").exists()
     path = name.startswith((".", "/", "~")) and not Path(name).exists()
     return SetupError(
         f"the model {name!r} could not be loaded",
         where="model.name",
         found="there is no such folder"
         if path
+        else "a folder without config.json"
+        if empty
         else "it needs code of its own"
         if "remote_code" in str(error)
-        else first,
+        else first_line(error),
         allowed="a hub id, a local folder, or package:<python package>/<path inside it>",
         hint="offline, only models in the local hub cache or in a folder can be used; no code of a model's own is run",
     )

@@ -8,6 +8,7 @@ said by the classes themselves when they are constructed.
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -79,6 +80,7 @@ DECIDED: dict[str, dict[str, str]] = {
         "prediction_loss_only": "hkft computes the task's metrics",
         "remove_unused_columns": _COLUMNS,
         "label_names": _COLUMNS,
+        "hub_token": "a recipe holds no token: set HF_TOKEN in the environment",
         "do_train": _COMMAND,
         "do_eval": _COMMAND,
         "do_predict": _COMMAND,
@@ -208,6 +210,8 @@ def _fault(key: str, field: Field, value: Any) -> Problem | None:
         return Problem("not a value of this field", allowed=field.allowed, hint=hint)
     if field.kinds <= _SIMPLE and kind == "text" and value not in field.choices:
         return Problem("not one of its values", allowed=field.allowed, hint=nearest(value, field.choices))
+    if kind == "float" and not math.isfinite(value):
+        return Problem("not a finite number", allowed="a finite number")
     if key in MINIMUM and kind in ("int", "float") and value < MINIMUM[key]:
         return Problem("too small", allowed=f"{MINIMUM[key]} or more")
     if key == "lora_dropout":

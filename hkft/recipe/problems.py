@@ -16,6 +16,7 @@ from hkft.recipe.text import KeyPath, Place, Tree, dotted, is_number, show
 _SAID: dict[str, tuple[str, str | None]] = {
     "string_type": ("not a text", "a text"),
     "string_too_short": ("empty", "a text"),
+    "string_unicode": ("not Unicode: half a surrogate pair", "a text"),
     "float_type": ("not a number", "a number"),
     "finite_number": ("not a finite number", "a finite number"),
     "int_type": ("not a whole number", "a whole number"),

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import PrivateAttr, ValidationError
 
 from hkft.dropout.method import Method
-from hkft.errors import Problem, RecipeError
+from hkft.errors import Problem, RecipeError, secrets
 from hkft.recipe import catalogue, fields
 from hkft.recipe.problems import home, located, place
 from hkft.recipe.schema import COLUMNS, SECTIONS, TASKS, Schema
@@ -110,8 +110,11 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _build(path: Path, text: str, overrides: tuple[str, ...]) -> Recipe:
+    _refuse_secrets(path, text, overrides)
     tree = parse(text, str(path))
     if not isinstance(tree.value, dict):
+        if tree.problems:
+            raise RecipeError(problems=tree.problems)
         found = "nothing" if tree.value is None else show(tree.value)
         raise RecipeError(
             "a recipe is a mapping of sections",
@@ -130,6 +133,20 @@ def _build(path: Path, text: str, overrides: tuple[str, ...]) -> Recipe:
         raise RecipeError(problems=sorted(map(_said_once, problems), key=_file_order))
     recipe._origin = _Origin(path, text, overrides, {**tree.values, **tree.keys})
     return recipe
+
+
+def _refuse_secrets(path: Path, text: str, overrides: tuple[str, ...]) -> None:
+    """Raise RecipeError where a token or a password stands in a recipe, which is copied into every run and its report."""
+    pattern = secrets()
+    places = [
+        f"{path}:{text[:at].count(chr(10)) + 1}:{at - text.rfind(chr(10), 0, at)}"
+        for at in (match.start() for match in pattern.finditer(text))
+    ]
+    places += [f"--set {override.partition('=')[0]}" for override in overrides if pattern.search(override)]
+    if places:
+        message = "this looks like a token or a password, and a recipe is copied into runs and reports"
+        hint = "keep it in the environment: HF_TOKEN, WANDB_API_KEY, ..."
+        raise RecipeError(problems=[Problem(message, where=place, hint=hint) for place in places])
 
 
 def _with_override(tree: Tree, override: str) -> Tree:

@@ -316,7 +316,7 @@ class Dropout(Section):
 class Diagnostics(Section):
     """The eval-mode look at a probe of the training set and at the validation set."""
 
-    evals_per_epoch: Count = Field(4, description="looks per epoch")
+    evals_per_epoch: Annotated[Whole, Field(ge=1, lt=10_000)] = Field(4, description="looks per epoch")
     probe_size: Annotated[Whole, Field(ge=2)] | None = Field(None, description="null: as many as validation rows")
     generate: Count | None = Field(
         None, description="generation: at every look, score the text of so many prompts of each set too; null: never"

