@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -109,11 +108,14 @@ def begin(
     set_seed(recipe.seed)
     with memory.while_loading(recipe):
         model = build.with_lora(shelf.base(recipe, material.labels, build.padding_id(material.tokenizer)), recipe)
-    with _nothing_left(folder.path), ExitStack() as held:
-        trainer = trainer_of(recipe, material, model, folder, heard)
+    fresh = not folder.path.exists()
+    with ExitStack() as held:
         if int(os.environ.get("RANK", "0")) == 0:  # of several processes of one run the first one writes
             held.enter_context(folder.held())
-        _open(folder, recipe, material, resume)
+            _check_free(folder, recipe, resume)  # once more: a run that began at the same moment may have been faster
+        with _nothing_left(folder, fresh):
+            trainer = trainer_of(recipe, material, model, folder, heard)
+            _open(folder, recipe, material, resume)
         held = held.pop_all()
 
     said = {notice.text for notice in notices if isinstance(notice, Notice)}
@@ -161,7 +163,7 @@ def _check_free(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
             where=str(folder.path),
             hint="--output names another folder" + ("" if state == "finished" else ", --resume continues this one"),
         )
-    elif folder.path.exists() and any(folder.path.iterdir()):
+    elif folder.path.exists() and any(path.name != folder.lock.name for path in folder.path.iterdir()):
         raise UsageError("the output folder is not empty", where=str(folder.path), hint="--output names another folder")
 
 
@@ -288,14 +290,14 @@ def trainer_of(recipe: Recipe, material: Material, model: PeftModel, folder: Run
 
 
 @contextmanager
-def _nothing_left(path: Path) -> Iterator[None]:
+def _nothing_left(folder: RunFolder, fresh: bool) -> Iterator[None]:
     """What cannot begin leaves no folder, where there was none."""
-    there = path.exists()
     try:
         yield
     except BaseException:
-        if not there:
-            shutil.rmtree(path, ignore_errors=True)
+        if fresh:
+            with suppress(OSError):
+                folder.remove()
         raise
 
 
