@@ -103,7 +103,7 @@ def test_training_that_fails_is_an_error(hkft, monkeypatch):
 def test_what_one_can_do_without_is_told_and_is_no_error(hkft, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("HKFT_CACHE", str(tmp_path / "file"))
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn.modules", None)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(2**20))
     monkeypatch.setattr(machine, "_processes", PROCESSES)
     monkeypatch.setattr(machine, "MEET", "raise SystemExit('nobody is there')")
