@@ -133,6 +133,7 @@ def compare(
         outcomes = several.run(cells, folder, jobs, tell)
     else:
         outcomes = grid.run(cells, folder, runner or _runner(), tell)
+    outcomes = grid.looked_at_again(outcomes)
     done = [outcome.folder for outcome in outcomes if outcome.status in ("finished", "skipped")]
     failed = {outcome.cell.title: comparing.Failure.of(outcome.cause) for outcome in outcomes if outcome.cause}
     if not done:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
+import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from hkft import processes
 from hkft.errors import DataError, UsageError
@@ -20,6 +21,7 @@ from hkft.events import Event, Stage, as_record
 SCHEMA_VERSION = 1
 SEAL = "complete.json"  # in a checkpoint, written last
 PIECE = 10_000  # numbers of an array that are written at a time
+INSTANT = 0.1  # seconds for which a lock is waited for: `busy` holds it for less, to look
 
 
 @dataclass(frozen=True)
@@ -93,35 +95,69 @@ class RunFolder:
         if not processes.first():
             yield
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self._lock)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise UsageError("another process is writing this run", where=str(self.path), hint="wait for it") from None
-        except NotImplementedError:  # a file system without locks
-            pass
+        file = self._locked()
+        if file is None:
+            raise UsageError("another process is writing this run", where=str(self.path), hint="wait for it")
         try:
             yield
         finally:
-            self._lock.unlink(missing_ok=True)
-            lock.release()
+            if _is(file, self.lock):  # not where the folder was removed, and another process has made it anew
+                self.lock.unlink()
+            os.close(file)
+
+    def remove(self) -> None:
+        """By who holds it: its name goes at once, so that what another process makes in its place stays."""
+        gone = self.path.with_name(f".{self.path.name}.{os.getpid()}.gone")
+        self.path.rename(gone)
+        shutil.rmtree(gone)
 
     @property
     def busy(self) -> bool:
         """Whether a process is writing this run. One that was killed is not."""
-        if not self._lock.exists():
+        try:
+            file = os.open(self.lock, os.O_RDONLY)
+        except FileNotFoundError:
             return False
         try:
-            with FileLock(self._lock, blocking=False):
-                return False
-        except Timeout:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
             return True
-        except NotImplementedError:
-            return False
+        except OSError:  # a file system without locks
+            pass
+        finally:
+            os.close(file)
+        return False
+
+    def _locked(self) -> int | None:
+        """The lock's file, open, and locked until it is closed. None where another process has it.
+
+        Whoever had it before removes it, or the whole folder, while holding it: a lock on what is gone is none.
+        """
+        deadline = time.monotonic() + INSTANT
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            with suppress(FileExistsError):
+                self.path.mkdir()
+            try:
+                file = os.open(self.lock, os.O_RDWR | os.O_CREAT)
+            except FileNotFoundError:  # the folder was removed in between
+                continue
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(file)
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(INSTANT / 10)
+                continue
+            except OSError:  # a file system without locks
+                return file
+            if _is(file, self.lock):
+                return file
+            os.close(file)
 
     @property
-    def _lock(self) -> Path:
+    def lock(self) -> Path:
         return self.path / ".lock"
 
     def append(self, event: Event) -> None:
@@ -147,6 +183,14 @@ class RunFolder:
     def torn_checkpoints(self) -> list[Path]:
         """Those that were not: the run was killed while it wrote them, or a file of theirs is gone or cut since."""
         return sorted(p for p in self.checkpoints.glob("checkpoint-*") if not is_whole(p))
+
+
+def _is(file: int, path: Path) -> bool:
+    """Whether an open file is the one that has this name now."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def open_run(path: str | Path) -> RunFolder:

@@ -9,7 +9,6 @@ import itertools
 import json
 import re
 import shlex
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,18 +121,31 @@ def run(grid: Sequence[Cell], output: Path, runner: Runner, tell: Listener = sil
 def attempt(cell: Cell, folder: RunFolder, runner: Runner, tell: Listener) -> Outcome:
     """Run one cell, and tell what became of it. One that another process is running is left to it."""
     if folder.busy:
-        tell(Notice(f"{cell.title} is being run by another process, and left out", "warning"))
-        return Outcome(cell, folder.path, "running")
-    resume = folder.last_checkpoint() is not None
-    if not resume:
-        _clear(folder)
+        return _left_to_another(cell, folder, tell)
     try:
+        resume = folder.last_checkpoint() is not None
+        if not resume:
+            _clear(folder)
         runner(cell, folder, resume, tell)
     except HkftError as error:
+        if is_done(cell, folder):  # another process began it at the same moment, and was faster
+            return Outcome(cell, folder.path, "skipped")
+        if folder.busy:
+            return _left_to_another(cell, folder, tell)
         tell(Notice(f"{cell.title} failed: {error}", "warning"))
         told = type(error)(problems=error.problems)  # without its traceback, which holds the cell's model
         return Outcome(cell, folder.path, "failed", told)
     return Outcome(cell, folder.path, "finished")
+
+
+def looked_at_again(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The outcomes, where cells that were left to another process may be finished by now."""
+    return [
+        replace(outcome, status="skipped")
+        if outcome.status == "running" and is_done(outcome.cell, RunFolder(outcome.folder))
+        else outcome
+        for outcome in outcomes
+    ]
 
 
 def check_baseline(grid: Sequence[Cell], wanted: str | None) -> None:
@@ -172,7 +184,11 @@ def nothing_finished(outcomes: Sequence[Outcome]) -> HkftError:
     """The errors of the cells, each once, in an error of the first one's kind."""
     causes = [outcome.cause for outcome in outcomes if outcome.cause]
     if not causes:
-        return UsageError("every cell that is left is being run by another process", hint="wait for it")
+        return UsageError(
+            "every cell that is left is being run by another process",
+            where=str(outcomes[0].folder.parent),
+            hint="wait for it",
+        )
     problems = {str(problem): problem for cause in causes for problem in cause.problems}
     return type(causes[0])(problems=list(problems.values()))
 
@@ -206,10 +222,17 @@ def left_of(
     return left, outcomes
 
 
+def _left_to_another(cell: Cell, folder: RunFolder, tell: Listener) -> Outcome:
+    tell(Notice(f"{cell.title} is being run by another process, and left out", "warning"))
+    return Outcome(cell, folder.path, "running")
+
+
 def _clear(folder: RunFolder) -> None:
     """Remove a run that ended before its first checkpoint. Anything else there is not ours to remove."""
-    if folder.status != "finished" and (folder.exists or folder.recipe.exists()):
-        shutil.rmtree(folder.path)
+    if folder.path.exists():
+        with folder.held():
+            if folder.status != "finished" and (folder.exists or folder.recipe.exists()):
+                folder.remove()
 
 
 def _of(recipe: Recipe, method: str) -> Recipe:

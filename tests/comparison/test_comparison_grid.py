@@ -1,5 +1,6 @@
 """The grid: which cells, in which order, and what it does with what is there already; training is a stub."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,45 @@ def test_a_cell_that_another_process_runs_is_left_to_it(stub, recipe, tmp_path):
     assert [outcome.status for outcome in outcomes] == ["running", "finished"]
     assert Notice("none, seed 1 is being run by another process, and left out", "warning") in told
     assert [outcome.status for outcome in grid.run(cells, tmp_path, train)] == ["finished", "skipped"]
+
+
+REFUSED = UsageError("another process is writing this run")
+
+
+def test_a_cell_that_another_process_began_at_the_same_moment_is_left_to_it(stub, recipe, tmp_path):
+    cells, train = grid.cells(recipe, ["none", "dropkey"], 1), stub(none1=REFUSED)
+    with ExitStack() as theirs:
+
+        def slower(cell, folder, resume, tell):
+            if cell == cells[0]:
+                theirs.enter_context(folder.held())
+            train(cell, folder, resume, tell)
+
+        assert [outcome.status for outcome in grid.run(cells, tmp_path, slower)] == ["running", "finished"]
+
+
+def test_a_cell_that_another_process_finished_meanwhile_is_taken(stub, recipe, tmp_path):
+    train = stub()
+
+    def slower(cell, folder, resume, tell):
+        train(cell, folder, resume, tell)
+        raise REFUSED
+
+    assert [outcome.status for outcome in grid.run(grid.cells(recipe, ["none"], 1), tmp_path, slower)] == ["skipped"]
+
+
+def test_cells_that_were_left_to_another_process_are_looked_at_again_at_the_end(stub, recipe, tmp_path):
+    cells, train = grid.cells(recipe, ["none", "dropkey"], 1), stub()
+    with ExitStack() as theirs:
+        theirs.enter_context(cells[0].folder(tmp_path).held())
+
+        def meanwhile(cell, folder, resume, tell):
+            train(cell, folder, resume, tell)
+            train(cells[0], cells[0].folder(tmp_path), resume, tell)
+            theirs.close()
+
+        found, _ = api.compare(recipe.path, ["none", "dropkey"], 1, output=tmp_path, runner=meanwhile)
+    assert ([row.label for row in found.rows], found.failed) == (["none", "dropkey"], {})
 
 
 @pytest.mark.parametrize(("asked", "where"), [({"baseline": "dropky"}, "--baseline"), ({"paper": "table1/rtee"}, None)])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ import pytest
 from hkft import api
 from hkft.errors import DivergedError, MethodError, RecipeError, Terminated, UsageError
 from hkft.evaluation import saved
-from hkft.events import Event, TrainStep
-from hkft.folder import RunFolder, read_json
+from hkft.events import Event, Stage, TrainStep
+from hkft.folder import RunFolder, read_json, write_json, write_text
 from hkft.recipe import load
 from hkft.training import looks, run
 
@@ -414,10 +416,38 @@ def test_a_run_is_written_by_one_process(recipe_file, tmp_path):
 
 
 def test_a_file_system_without_locks_is_written_all_the_same(recipe_file, tmp_path, monkeypatch):
-    def without(self, *_, **__):
-        raise NotImplementedError("flock")
+    def without(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr("filelock.FileLock.acquire", without)
+    monkeypatch.setattr("fcntl.flock", without)
     done = api.train(recipe_file, ["train.max_steps=2"], output=tmp_path / "run")
     (done.path / ".lock").touch()
     assert (done.status, done.busy) == ("finished", False)
+
+
+@pytest.mark.parametrize("state", ["runs", "finished"])
+def test_a_run_that_was_faster_is_left_as_it_is(recipe_file, tmp_path, state):
+    """It began while this one loaded its model, in a folder that was not there before."""
+    theirs, held = RunFolder(tmp_path / "run"), ExitStack()
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Stage) and event.text.startswith("loading"):
+            held.enter_context(theirs.held())
+            write_text(theirs.resolved, "theirs")
+            if state == "finished":
+                write_json(theirs.summary, {"status": "finished"})
+                held.close()
+
+    told = {"runs": "another process is writing this run", "finished": "there is a finished run in this folder already"}
+    with held, pytest.raises(UsageError, match=told[state]) as raised:
+        api.train(recipe_file, output=theirs.path, tell=listen)
+    assert raised.value.problems[0].where == str(theirs.path)
+    assert theirs.resolved.read_text() == "theirs"
+    assert not theirs.recipe.exists()
+
+
+def test_a_lock_that_a_killed_process_left_is_no_content(recipe_file, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.lock.touch()
+    assert api.train(recipe_file, ["train.max_steps=1"], output=folder.path).status == "finished"
