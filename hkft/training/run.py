@@ -22,7 +22,7 @@ from hkft.data.tokenise import texts_of
 from hkft.diagnostics.decomposition import Added
 from hkft.dropout.method import Method
 from hkft.dropout.selfcheck import self_check
-from hkft.errors import HkftError, RecipeError, SetupError, Terminated, UsageError
+from hkft.errors import HkftError, RecipeError, SetupError, Terminated, UsageError, first_line
 from hkft.evaluation.completions import Completions
 from hkft.evaluation.look import look
 from hkft.evaluation.predict import Predictions
@@ -340,7 +340,7 @@ def trainer_of(recipe: Recipe, material: Material, model: PeftModel, folder: Run
         raise RecipeError("there is no step to train", where="train.num_train_epochs", allowed="more than 0")
     try:
         with memory.while_training(recipe):
-            return Trainer(
+            trainer = Trainer(
                 model=model,
                 args=settings,
                 train_dataset=material.examples["train"],
@@ -350,10 +350,17 @@ def trainer_of(recipe: Recipe, material: Material, model: PeftModel, folder: Run
                 processing_class=material.tokenizer,
                 dropout=_method(recipe, tell),
             )
+            if not _spread(trainer):
+                trainer.create_optimizer()  # what it cannot be made of is said before the folder is begun
+            return trainer
+    except HkftError:
+        raise
     except (RuntimeError, ImportError) as error:
         raise SetupError(
-            "what the train section asks for is not here", where="train", found=str(error).strip().splitlines()[0]
+            "what the train section asks for is not here", where="train", found=first_line(error)
         ) from error
+    except ValueError as error:
+        raise RecipeError("the train section cannot be trained with", where="train", found=first_line(error)) from error
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from hkft import api
+from hkft.dropout import named
 from hkft.errors import DivergedError, MethodError, RecipeError, Terminated, UsageError
 from hkft.evaluation import saved
 from hkft.events import Event, Stage, TrainStep
@@ -199,6 +200,8 @@ def test_a_folder_with_other_things_in_it_is_left_alone(recipe_file, tmp_path):
         ("diagnostics.metric=acuracy", RecipeError, "did you mean 'accuracy'?"),
         ("dropout.sites=[{position: hidden, layers: [7]}]", MethodError, "allowed: 0 to 1"),
         ("train.lr_scheduler_type=liner", RecipeError, "transformers refuses the train section"),
+        ("train.report_to=carrier-pigeon", RecipeError, "carrier-pigeon is not supported"),
+        ("train.adam_beta1=5", RecipeError, "Invalid beta parameter"),
     ],
 )
 def test_what_is_wrong_before_training_leaves_nothing_behind(recipe_file, tmp_path, setting, error, text):
@@ -234,6 +237,15 @@ def test_an_interrupted_run_resumes_to_the_same_end(recipe_file, tmp_path, at, s
     assert [loss for _, loss in curves[1]] == pytest.approx([loss for _, loss in curves[0]], rel=1e-5)
     steps = [{seen["step"]: seen["objective"] for seen in one.records("train")} for one in (whole, cut)]
     assert steps[1] == pytest.approx(steps[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", named.METHODS)
+def test_every_named_method_trains(recipe_file, tmp_path, method):
+    text = recipe_file.read_text().replace("method: hiddenkey, rate: 0.1, weight: 0.5", f"method: {method}")
+    recipe_file.write_text(text)
+    folder = api.train(recipe_file, ["train.max_steps=3", "diagnostics.evals_per_epoch=1"], output=tmp_path / "run")
+    assert read_json(folder.summary)["status"] == "finished"
+    assert len(folder.records("train")) == 3
 
 
 def test_rate_zero_says_that_the_consistency_is_left_out(recipe_file, tmp_path):
