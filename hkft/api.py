@@ -35,12 +35,12 @@ def train(
     listener for `hkft.events`. shelf: what other runs of the process have loaded. Raises HkftError, and KeyboardInterrupt after a checkpoint; the report is written in either case,
     of what there is.
     """
-    from hkft.folder import RunFolder
+    from hkft.folder import RunFolder, default_folder
     from hkft.training import run
     from hkft.training.mishaps import writing
 
     chosen = _loaded(recipe, overrides)
-    folder = RunFolder(Path(output) if output else run.default_folder(chosen))
+    folder = RunFolder(Path(output) if output else default_folder(chosen))
     if resume and folder.status == "finished" and not folder.card.exists():  # killed once all else was done
         write_pages(folder)
         return folder

@@ -12,11 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hkft import processes
 from hkft.errors import DataError, UsageError
 from hkft.events import Event, Stage, as_record
+
+if TYPE_CHECKING:
+    from hkft.recipe import Recipe
 
 SCHEMA_VERSION = 1
 SEAL = "complete.json"  # in a checkpoint, written last
@@ -191,6 +194,12 @@ def _is(file: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:
         return False
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """runs/<recipe>-<method>-s<seed>-<short hash>: another value anywhere in the recipe is another folder."""
+    method = recipe.method.name.replace("/", "-")
+    return Path("runs") / f"{recipe.name}-{method}-s{recipe.seed}-{recipe.fingerprint()[:6]}"
 
 
 def open_run(path: str | Path) -> RunFolder:

@@ -6,12 +6,11 @@ from typing import Any
 
 from hkft.dropout.attach import attach
 from hkft.events import Listener, Stage
-from hkft.folder import RunFolder
+from hkft.folder import RunFolder, default_folder
 from hkft.model import build
 from hkft.recipe import Recipe
 from hkft.training import forecast, looks
 from hkft.training.prepare import Material, arguments, check_criterion, sample, step_counts
-from hkft.training.run import default_folder
 from hkft.training.shelf import Shelf
 
 

@@ -1,9 +1,9 @@
 """What `hkft check` found of one recipe is not found out again while all that it depends on is the same.
 
 A plan needs torch, transformers and peft, whose imports take seconds. So it is kept, by a key of the content of everything it
-was made from: the recipe, every local file that the recipe names, hkft's own source, the installed packages, the process's
-environment and the devices. Anything else anywhere is another key. Only plans are kept, no errors; and none of what this
-machine alone cannot answer for: the hub's models and data sets, and packages that are edited in place.
+was made from: the recipe's values (but for numbers that no plan hangs on, such as the learning rate), every local file that the
+recipe names, hkft's own source, the installed packages, the process's environment and the devices. Anything else anywhere is
+another key. Only plans are kept, no errors; and none of what this machine alone cannot answer for: the hub's models and data sets, and packages that are edited in place.
 
 An entry is plans/<key>.json in the cache directory: a line with the sha256 of the rest, and JSON. A cache that is damaged
 or cannot be written costs the time that it would have saved.
@@ -24,14 +24,21 @@ from typing import Any
 from hkft.data.references import HUB, PACKAGE, package_path
 from hkft.errors import HkftError
 from hkft.events import Event, Listener, Notice, Sample, Stage
-from hkft.folder import cache_directory, jsonable, write_text
+from hkft.folder import cache_directory, default_folder, jsonable, write_text
 from hkft.recipe import Recipe
 
-FORMAT = 1  # of an entry and of what its key is made of
+FORMAT = 2  # of an entry and of what its key is made of
 MOST = 200  # entries; the oldest go
 LARGE = 2**25  # bytes: a larger file of a model is its weights, which a plan does not read
 WORKED_WITH = ("torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "numpy")
 DEVICES = ("nvidia*", "kfd", "dxg", "accel*")  # below /dev
+FREE = (  # numbers that are not in a plan; of a dropout rate and a weight only whether they are 0
+    ("train", ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")),
+    ("train", ("warmup_steps", "logging_steps")),
+    ("lora", ("lora_alpha",)),
+    ("dropout", ("rate", "weight")),
+    ("diagnostics", ("patience",)),
+)
 SHELL = ("_", "PWD", "OLDPWD", "SHLVL", "PS1", "COLUMNS", "LINES")  # of the environment, what says nothing
 
 
@@ -44,11 +51,11 @@ def plan(recipe: Recipe, tell: Listener, make: Callable[[Listener], dict[str, An
     key = _key(recipe, environment)
     kept = _read(key) if key else None
     if kept is not None:
-        tell(Stage("as at an earlier check, since which nothing has changed"))
+        tell(Stage("as at an earlier check, since which nothing has changed that a plan hangs on"))
         for event in kept["told"]:
             sample = tuple((text, learned) for text, learned in event.get("sample", ()))
             tell(Sample(sample) if sample else Notice(**event["notice"]))
-        return kept["plan"]
+        return kept["plan"] | {"recipe": recipe.name, "output": str(default_folder(recipe))}
     told: list[dict[str, Any]] = []
 
     def heard(event: Event) -> None:
@@ -93,7 +100,7 @@ def _key(recipe: Recipe, environment: Mapping[str, str]) -> str | None:
     own = Path(__file__).parents[1]
     parts = {
         "format": FORMAT,
-        "recipe": [str(recipe.path), recipe.source, recipe.overrides, recipe.resolved()],
+        "recipe": _values(recipe),
         "files": files,
         "hkft": [[str(path), _content(path)] for path in sorted(own.rglob("*.py"))],
         "packages": packages,
@@ -102,6 +109,17 @@ def _key(recipe: Recipe, environment: Mapping[str, str]) -> str | None:
         "devices": sorted(str(path) for kind in DEVICES for path in Path("/dev").glob(kind)),
     }
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _values(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's values, a number of `FREE` by no more than its kind and its sign."""
+    values = recipe.values()
+    for section, names in FREE:
+        for name in names:
+            number = values[section].get(name)
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                values[section][name] = [type(number).__name__, number > 0, number < 0]
+    return jsonable(values)
 
 
 def _files(recipe: Recipe) -> list[Any] | None:

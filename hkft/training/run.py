@@ -30,6 +30,7 @@ from hkft.events import Event, Finished, Listener, Notice, Stage, silent
 from hkft.folder import (
     RunFolder,
     check_place,
+    default_folder,
     move_files,
     read_json,
     write_json,
@@ -51,12 +52,6 @@ from hkft.training.trainer import Trainer
 
 CHECKED = 8  # training rows of the self-check
 ASIDE = 32  # rows of the probe of which, at every look, the objective is measured in train mode
-
-
-def default_folder(recipe: Recipe) -> Path:
-    """runs/<recipe>-<method>-s<seed>-<short hash>: another value anywhere in the recipe is another folder."""
-    method = recipe.method.name.replace("/", "-")
-    return Path("runs") / f"{recipe.name}-{method}-s{recipe.seed}-{recipe.fingerprint()[:6]}"
 
 
 @dataclass(frozen=True)

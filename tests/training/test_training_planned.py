@@ -12,7 +12,7 @@ import pytest
 
 from hkft.errors import DataError
 from hkft.events import Notice, Sample, Stage
-from hkft.folder import cache_directory
+from hkft.folder import cache_directory, default_folder
 from hkft.recipe import Recipe, load
 from hkft.training import planned
 
@@ -63,9 +63,9 @@ def test_a_kept_plan_is_the_one_that_was_made_with_what_was_told(recipe):
     make = Making()
     first, told = asked(recipe, make)
     again, retold = asked(load(recipe.path), make)
-    assert (first, make.times) == (again, 1)
+    assert (again, make.times) == (first | {"recipe": "tiny", "output": str(default_folder(recipe))}, 1)
     assert told == [Stage("reading"), *TOLD]
-    assert retold == [Stage("as at an earlier check, since which nothing has changed"), *TOLD]
+    assert retold == [Stage("as at an earlier check, since which nothing has changed that a plan hangs on"), *TOLD]
 
 
 def edited(path: Path) -> None:
@@ -85,7 +85,7 @@ def edited(path: Path) -> None:
         lambda recipe, patch: patch.setattr(planned, "FORMAT", planned.FORMAT + 1),
         lambda recipe, patch: patch.setenv("CUDA_VISIBLE_DEVICES", "7"),
         lambda recipe, patch: patch.setattr(planned.sys, "version", "another Python"),
-        lambda recipe, patch: recipe.path.write_text(recipe.source + "# a remark\n"),
+        lambda recipe, patch: recipe.path.write_text(recipe.source + "seed: 5\n"),
     ],
     ids=["rows", "configuration", "file of the model", "packages", "format", "environment", "python", "recipe"],
 )
@@ -99,7 +99,7 @@ def test_whatever_changes_the_plan_is_made_anew(recipe, monkeypatch, change):
 def test_a_value_and_a_file_that_a_value_names_are_parts_of_the_key(recipe, tmp_path):
     make = Making()
     asked(recipe, make)
-    other = recipe.replace("dropout.rate=0.3")
+    other = recipe.replace("dropout.rate=0")
     assert asked(other, make)[0]["made"] == 2
     settings = tmp_path / "accelerator.json"
     named = recipe.replace(f"train.accelerator_config={settings}")
@@ -107,6 +107,25 @@ def test_a_value_and_a_file_that_a_value_names_are_parts_of_the_key(recipe, tmp_
     settings.write_text("{}")
     assert asked(named, make)[0]["made"] == 4
     assert asked(recipe, make)[0]["made"] == 1
+
+
+@pytest.mark.parametrize(
+    "override", ["train.learning_rate=0.004", "dropout.rate=0.3", "dropout.weight=2", "lora.lora_alpha=32"]
+)
+def test_what_no_plan_hangs_on_is_no_part_of_the_key(recipe, override):
+    make = Making()
+    asked(recipe, make)
+    other = recipe.replace(override)
+    recipe.path.write_text(recipe.source + "# a remark\n")
+    assert asked(other, make)[0] == {**asked(load(recipe.path), make)[0], "output": str(default_folder(other))}
+    assert make.times == 1
+
+
+@pytest.mark.parametrize("override", ["dropout.weight=0", "lora.r=2", "seed=5", "train.num_train_epochs=4"])
+def test_what_a_plan_hangs_on_is(recipe, override):
+    make = Making()
+    asked(recipe, make)
+    assert asked(recipe.replace(override), make)[0]["made"] == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"{}", b"0\n{}"], ids=["empty", "bytes", "json", "digest"])
@@ -163,8 +182,8 @@ def test_a_package_in_a_checkout_has_no_version_to_go_by(tmp_path, monkeypatch):
 
 def test_the_oldest_plans_go(recipe, cache, monkeypatch):
     monkeypatch.setattr(planned, "MOST", 2)
-    for rate in (0.1, 0.2, 0.3, 0.4):
-        asked(recipe.replace(f"dropout.rate={rate}"), Making())
+    for seed in (1, 2, 3, 4):
+        asked(recipe.replace(f"seed={seed}"), Making())
     assert len(list((cache / "plans").iterdir())) == 2
 
 
