@@ -102,12 +102,10 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def recipe_file(tmp_path: Path, tiny_bert: Path, reviews: Path) -> Path:
-    """A recipe that trains `tiny_bert` on `reviews` in a second or two."""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(
-        f"""\
+@pytest.fixture(scope="session")
+def recipe_text(tiny_bert: Path, reviews: Path) -> str:
+    """Of a recipe that trains `tiny_bert` on `reviews` in a second or two."""
+    return f"""\
 # tiny: a test
 model: {{name: {tiny_bert}, device: cpu}}
 data: {{train: {reviews}, validation: 0.25, text: text, label: label, max_length: 32}}
@@ -115,9 +113,13 @@ lora: {{r: 4, lora_alpha: 8, target_modules: [query, value]}}
 dropout: {{method: hiddenkey, rate: 0.1, weight: 0.5}}
 train: {{learning_rate: 1.0e-2, num_train_epochs: 2, per_device_train_batch_size: 16, logging_steps: 1}}
 diagnostics: {{evals_per_epoch: 2}}
-""",
-        encoding="utf-8",
-    )
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, recipe_text: str) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(recipe_text, encoding="utf-8")
     return path
 
 

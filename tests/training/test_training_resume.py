@@ -97,21 +97,11 @@ def same(one: RunFolder, two: RunFolder) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_bert, reviews):
+def whole(tmp_path_factory, recipe_text):
     """A recipe, and what a run of it is that was never killed; how often it wrote."""
     folder = tmp_path_factory.mktemp("whole")
     recipe = folder / "tiny.yaml"
-    recipe.write_text(
-        f"""\
-model: {{name: {tiny_bert}, device: cpu}}
-data: {{train: {reviews}, validation: 0.25, text: text, label: label, max_length: 32}}
-lora: {{r: 4, lora_alpha: 8, target_modules: [query, value]}}
-dropout: {{method: hiddenkey, rate: 0.1, weight: 0.5}}
-train: {{learning_rate: 1.0e-2, num_train_epochs: 2, per_device_train_batch_size: 16, logging_steps: 1}}
-diagnostics: {{evals_per_epoch: 2, average: 0.8}}
-""",
-        encoding="utf-8",
-    )
+    recipe.write_text(recipe_text.replace("evals_per_epoch: 2", "evals_per_epoch: 2, average: 0.8"), encoding="utf-8")
     count = accesses(folder / "run", recipe)
     return recipe, RunFolder(folder / "run"), count
 

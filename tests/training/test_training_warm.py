@@ -14,24 +14,13 @@ from hkft.errors import RecipeError, SetupError
 from hkft.events import Notice
 from hkft.folder import read_json
 
-COLD = ["dropout.method=none"]
-
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory, tiny_bert, reviews):
+def first(tmp_path_factory, recipe_text):
     folder = tmp_path_factory.mktemp("first")
     recipe = folder / "tiny.yaml"
-    recipe.write_text(
-        f"""\
-model: {{name: {tiny_bert}, device: cpu}}
-data: {{train: {reviews}, validation: 0.25, text: text, label: label, max_length: 32}}
-lora: {{r: 4, lora_alpha: 8, target_modules: [query, value]}}
-dropout: {{method: none}}
-train: {{learning_rate: 1.0e-2, num_train_epochs: 2, per_device_train_batch_size: 16, logging_steps: 1}}
-diagnostics: {{evals_per_epoch: 1}}
-""",
-        encoding="utf-8",
-    )
+    text = recipe_text.replace("method: hiddenkey, rate: 0.1, weight: 0.5", "method: none")
+    recipe.write_text(text.replace("evals_per_epoch: 2", "evals_per_epoch: 1"), encoding="utf-8")
     return recipe, api.train(recipe, output=folder / "run")
 
 
