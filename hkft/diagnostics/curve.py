@@ -61,7 +61,18 @@ def level_of_end(values: NDArray[np.floating], start: int) -> float:
 
 def rise(values: NDArray[np.floating]) -> float:
     """The level of a curve's end less that of its lowest point."""
-    return level_of_end(values, int(values.argmin())) - level_of_lowest(values)
+    return float(rises(values[None])[0])
+
+
+def rises(curves: NDArray[np.floating]) -> NDArray[np.floating]:
+    """`rise` of each of many curves, [curves, looks]: those whose lowest point is at one place together."""
+    lowest, found = curves.argmin(1), np.empty(len(curves))
+    for index in np.unique(lowest):
+        some = curves[lowest == index]
+        after = some[:, index + 1 :] if index + 1 < some.shape[1] else some[:, index:]
+        end = np.median(after[:, -math.ceil(after.shape[1] / 3) :], axis=1)
+        found[lowest == index] = end - np.median(some[:, max(index - 1, 0) : index + 2], axis=1)
+    return found
 
 
 def _point(record: Mapping[str, Any]) -> Point:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hkft.diagnostics.curve import rise
+from hkft.diagnostics.curve import rise, rises
 
 DRAWS = 1_000
 FEWEST = 100  # draws, of a set of very many rows: their interval is narrow
@@ -83,7 +83,7 @@ def rise_p(looks: Sequence[Losses], seed: int = 0) -> float | None:
     measured = np.array([look.mean for look in looks])
     drawn = _means(looks, _draws(rows), np.random.default_rng(seed)).T
     level = isotonic_regression(measured, increasing=False).x
-    risen = np.array([rise(curve) for curve in level + _wider(rows) * (drawn - measured)])
+    risen = rises(level + _wider(rows) * (drawn - measured))
     return float((1 + (risen >= rise(measured)).sum()) / (1 + len(risen)))
 
 

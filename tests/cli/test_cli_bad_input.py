@@ -415,7 +415,7 @@ RECIPES = {
     "a package that is not installed": edited(
         "1.0e-2",
         "1.0e-2, deepspeed: zero.json",
-        "error: a package is not installed\n  found    ...deepspeed...\n",
+        "error: what the train section asks for is not installed\n  where    train.deepspeed\n  found    ...deepspeed...\n",
         code=4,
     ),
 }

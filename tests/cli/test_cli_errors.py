@@ -208,7 +208,8 @@ def test_divergence_is_exit_code_6_and_says_what_to_lower(hkft, tiny):
     ran = hkft("train", "--recipe", tiny, "--output", "run", "--set", "train.learning_rate=1e9", "--json")
     assert (ran.code, ran.document["exit_code"], ran.document["error"]) == (6, 6, "DivergedError")
     assert re.search(
-        r"\nerror: the \w+( \w+)? loss is \w+ at step \d+\n  hint     lower train\.learning_rate[^\n]*\n$", ran.err
+        r"\nerror: the \w+( \w+)? loss (is|has exploded) [^\n]+ at step \d+\n  hint     lower train\.learning_rate[^\n]*\n$",
+        ran.err,
     )
     summary = read_json(Path("run/summary.json"))
     assert summary["status"] == "failed"

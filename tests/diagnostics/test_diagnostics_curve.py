@@ -1,8 +1,9 @@
 import math
 
+import numpy as np
 import pytest
 
-from hkft.diagnostics.curve import Point, from_records
+from hkft.diagnostics.curve import Point, from_records, level_of_end, level_of_lowest, rise, rises
 from hkft.errors import DataError
 from hkft.events import Evaluated, TrainStep, as_record
 
@@ -40,3 +41,11 @@ def test_a_record_without_a_loss_says_what_is_there_and_what_is_expected():
         "  found: event, step, eval_loss\n"
         "  allowed: step, train_probe.loss and validation.loss, as `hkft train` writes them"
     )
+
+
+def test_the_rises_of_many_curves_are_each_that_of_its_levels():
+    draw = np.random.default_rng(0)
+    for looks in (1, 2, 3, 4, 9):
+        curves = draw.normal(size=(200, looks))
+        alone = [level_of_end(each, int(each.argmin())) - level_of_lowest(each) for each in curves]
+        assert rises(curves).tolist() == alone == [rise(each) for each in curves]

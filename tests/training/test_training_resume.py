@@ -110,7 +110,7 @@ def carry_on(recipe: Path, folder: RunFolder, tell=lambda event: None) -> None:
     api.train(recipe, output=folder.path, resume=folder.exists, tell=tell)
 
 
-@pytest.mark.parametrize("draw", range(6))
+@pytest.mark.parametrize("draw", range(4))
 def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(whole, tmp_path, draw):
     recipe, expected, count = whole
     folder = RunFolder(tmp_path / "run")
