@@ -1,4 +1,4 @@
-"""One run in two processes, as torchrun starts them, beside the same run in one."""
+"""One run in two processes, as torchrun and `accelerate launch` start them, beside the same run in one."""
 
 from __future__ import annotations
 
@@ -65,12 +65,16 @@ for name, recipe, overrides, resume in json.loads((place / "calls.json").read_te
 """
 
 
-def launched(*command: str) -> subprocess.Popen[str]:
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]  # on CPUs, too
+ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+def launched(launcher: list[str], *command: str) -> subprocess.Popen[str]:
     """Two processes; nothing but the command is on the path of imports."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(
-        [*torchrun, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*launcher, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -118,7 +122,7 @@ def stopped(place: Path, recipes: dict[str, Path]) -> tuple[RunFolder, str]:
     """A run that SIGTERM to the launcher has stopped after some steps; and what the terminal showed."""
     folder = RunFolder(place / "stopped")
     command = ["-m", "hkft", "train", "--recipe", str(recipes["tiny"]), "--output", str(folder.path)]
-    running = launched(*command, *(part for value in PARTED for part in ("--set", value)))
+    running = launched(TORCHRUN, *command, *(part for value in PARTED for part in ("--set", value)))
     began = time.monotonic()
     while len(folder.records("eval")) < 2 and running.poll() is None and time.monotonic() - began < 120:
         time.sleep(0.02)
@@ -140,7 +144,7 @@ def outcomes(place: Path, recipes: dict[str, Path], stopped: tuple[RunFolder, st
         ("stopped", tiny, PARTED, True),
     ]
     (place / "calls.json").write_text(json.dumps(calls))
-    running = launched("--no-python", sys.executable, "-P", "-c", CALLS, str(place))
+    running = launched(ACCELERATE, "--no_python", sys.executable, "-P", "-c", CALLS, str(place))
     _, err = ended(running)
     assert running.returncode == 0, err
     return {name: [json.loads((place / f"{name}.{rank}").read_text()) for rank in (0, 1)] for name, *_ in calls}
