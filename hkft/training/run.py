@@ -22,7 +22,7 @@ from hkft.data.tokenise import texts_of
 from hkft.diagnostics.decomposition import Added
 from hkft.dropout.method import Method
 from hkft.dropout.selfcheck import self_check
-from hkft.errors import HkftError, RecipeError, SetupError, Terminated, UsageError, first_line
+from hkft.errors import HkftError, RecipeError, SetupError, Terminated, UsageError, as_told, first_line
 from hkft.evaluation.completions import Completions
 from hkft.evaluation.look import look
 from hkft.evaluation.predict import Predictions
@@ -261,14 +261,11 @@ def _fit(begun: Begun) -> None:
                 watcher.look_once_more(trainer.state)
         with watcher.applied():
             facts["adapter"] = [asdict(update) for update in updates(_adapted(trainer))]
-    except HkftError as error:
-        facts = {**facts, "error": str(error)}
-        raise
     except KeyboardInterrupt:
         status = "interrupted"
         raise
     except Exception as error:
-        facts = {**facts, "error": f"{type(error).__name__}: {error}"}
+        facts = {**facts, "error": str(as_told(error))}
         raise
     finally:
         told = summarise(recipe, folder, watcher, trainer, status, facts)
