@@ -38,9 +38,10 @@ class Trainer(TransformersTrainer):
     dropout_rate: for every site that names none.
 
     Logs beside Trainer's `loss` (which is the objective) `task_loss` and, with a consistency loss, `consistency`: means
-    over the rows (in a decoder, the learned tokens) since the last log, in train mode. A loss or gradient that is not finite, and
-    a loss that explodes, end training with DivergedError; a batch without a label, with DataError. A decoder's loss on its next token is computed
-    by hkft, with label smoothing as `args` has it, and without [B,L,V] logits; `compute_loss_func` is left its own way.
+    over the rows (in a decoder, the learned tokens) since the last log, in train mode. A loss or gradient that is not finite,
+    and a loss that explodes, end training with DivergedError; a batch without a label, with DataError. A decoder's loss on
+    its next token is computed by hkft, with label smoothing as `args` has it, and without [B,L,V] logits;
+    `compute_loss_func` is left its own way.
     """
 
     def __init__(self, *args: Any, dropout: str | Method = "none", dropout_rate: float | None = None, **kwargs: Any):

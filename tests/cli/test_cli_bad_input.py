@@ -803,6 +803,14 @@ MODELS = {
     ),
 }
 
+PICKLED_ADAPTER = (
+    "error: the weights are pickled, and opening a pickle runs the code in it\n"
+    "  where    run/adapter\n"
+    "  found    adapter_model.bin\n"
+    "  allowed  *.safetensors\n"
+    "  hint     where you trust them: ...\n"
+)
+
 ADAPTERS = {
     "no adapter": folder(
         EVAL,
@@ -832,11 +840,7 @@ ADAPTERS = {
         EVAL,
         lambda: pickled("run/adapter/adapter_model.bin", "run/adapter/adapter_model.safetensors"),
         4,
-        "error: the weights are pickled, and opening a pickle runs the code in it\n"
-        "  where    run/adapter\n"
-        "  found    adapter_model.bin\n"
-        "  allowed  *.safetensors\n"
-        "  hint     where you trust them: ...\n",
+        PICKLED_ADAPTER,
     ),
     "a pickle called adapter_model.safetensors": folder(
         EVAL,
@@ -851,11 +855,7 @@ ADAPTERS = {
         "merge run/adapter --output merged",
         lambda: pickled("run/adapter/adapter_model.bin", "run/adapter/adapter_model.safetensors"),
         4,
-        "error: the weights are pickled, and opening a pickle runs the code in it\n"
-        "  where    run/adapter\n"
-        "  found    adapter_model.bin\n"
-        "  allowed  *.safetensors\n"
-        "  hint     where you trust them: ...\n",
+        PICKLED_ADAPTER,
     ),
     "a broken adapter_config.json": folder(
         EVAL,

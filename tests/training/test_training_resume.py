@@ -253,17 +253,24 @@ def test_other_rows_are_named_and_refused_unless_wanted(whole, tmp_path, reviews
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_run_is_looked_at_where_it_stops_and_that_look_is_none_of_the_plan(whole, tmp_path):
-    recipe, expected, _ = whole
-    folder, heard = RunFolder(tmp_path / "run"), []
+def interrupted(recipe: Path, folder: RunFolder, step: int) -> list[Event]:
+    """What a run told that got Ctrl-C once a step was logged."""
+    heard: list[Event] = []
 
     def interrupt(event: Event) -> None:
         heard.append(event)
-        if isinstance(event, TrainStep) and event.step == 6:
+        if isinstance(event, TrainStep) and event.step == step:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         api.train(recipe, output=folder.path, tell=interrupt)
+    return heard
+
+
+def test_an_interrupted_run_is_looked_at_where_it_stops_and_that_look_is_none_of_the_plan(whole, tmp_path):
+    recipe, expected, _ = whole
+    folder = RunFolder(tmp_path / "run")
+    heard = interrupted(recipe, folder, step=6)
     assert "stopping after this step, with a checkpoint; once more stops at once" in [
         event.text for event in heard if isinstance(event, Notice)
     ]
@@ -303,13 +310,7 @@ def test_a_second_signal_stops_at_once(whole, tmp_path):
 def test_a_signal_in_the_last_step_interrupts_a_run_that_is_whole(whole, tmp_path):
     recipe, expected, _ = whole
     folder = RunFolder(tmp_path / "run")
-
-    def interrupt(event: Event) -> None:
-        if isinstance(event, TrainStep) and event.step == 16:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        api.train(recipe, output=folder.path, tell=interrupt)
+    interrupted(recipe, folder, step=16)
     same(folder, expected)  # "finished"
 
 
