@@ -111,8 +111,16 @@ class CheckFailedError(HkftError):
 def as_told(error: Exception) -> HkftError:
     """An error as hkft's own.
 
-    An OSError that names a file is the machine's or the user's fault, and so is a full disk, or an ImportError: a package that a
-    recipe asks for is not installed.
+    What is not the machine's or the user's fault keeps its kind's name.
+    """
+    return foreseen(error) or HkftError(f"{type(error).__name__}: {error}")
+
+
+def foreseen(error: BaseException) -> HkftError | None:
+    """An error that is the machine's or the user's fault, as hkft's own; None: it is a fault of the program.
+
+    So is an OSError that names a file, a full disk, and an ImportError: a package that a recipe asks for is not installed.
+    That a data worker has died torch raises from a signal handler, wherever the main thread is.
     """
     if isinstance(error, HkftError):
         return error
@@ -120,7 +128,15 @@ def as_told(error: Exception) -> HkftError:
         return SetupError(str(error.strerror), where=str(error.filename or "where the output goes"))
     if isinstance(error, ImportError):
         return SetupError("a package is not installed", found=first_line(error))
-    return HkftError(f"{type(error).__name__}: {error}")
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return SetupError(
+            "a process that reads the data died",
+            where="train.dataloader_num_workers",
+            found=first_line(error),
+            hint="--set train.dataloader_num_workers=0; most often memory, or shared memory, did not suffice. "
+            "`--resume` goes on from the last checkpoint",
+        )
+    return None
 
 
 def secrets() -> re.Pattern[str]:

@@ -294,15 +294,15 @@ def _append(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The lines of one of a run's files that grow; none where it is not there."""
-    records = []
+    """The lines of one of a run's files that grow; none where it is not there. DataError for a key that a line lacks."""
+    records: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
         except ValueError:
             continue  # the last line of a killed run may be torn
         if isinstance(record, dict):
-            records.append(record)
+            records.append(_Content(record, path))
     return records
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,11 @@ install_import_hook(
     [f"hkft.dropout.{name}" for name in ("masks", "protect", "attention", "hidden", "consistency")],
     "beartype.beartype",
 )
+
+
+def pytest_collection_finish() -> None:
+    """What the tests' imports have left is no garbage: accelerate collects before every training, half a second each."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -86,9 +93,16 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def unchanged(path: Path, text: str) -> Iterator[Path]:
+    """A file that many tests read, for a fixture to yield: one that writes to it would change what the others see."""
+    path.write_text(text, encoding="utf-8")
+    yield path
+    assert path.read_text(encoding="utf-8") == text, f"a test has written to {path.name}, which others read"
+
+
 @pytest.fixture(scope="session")
-def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CSV of 160 made sentences with text, other (a second sentence), label (words) and stars (a number)."""
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A CSV of 160 made sentences with text, other (a second sentence), label (words) and stars (a number). Not to be written to."""
     draw = random.Random(7)
     lines = ["text,other,label,stars"]
     for row in range(160):
@@ -98,8 +112,7 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stars = (4 if label == "positive" else 1) + draw.random()
         lines.append(f"{' '.join(words)} {row},{' '.join(draw.sample(FILLER, 4))},{label},{stars:.2f}")
     path = tmp_path_factory.mktemp("data") / "reviews.csv"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    yield from unchanged(path, "\n".join(lines) + "\n")
 
 
 @pytest.fixture(scope="session")
@@ -175,7 +188,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def meanings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def meanings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A JSONL file of 60 made rows, 20 different `meaning`s with three `reference`s each, and a chat of each, `messages`."""
     import json
 
@@ -192,8 +205,7 @@ def meanings(tmp_path_factory: pytest.TempPathFactory) -> Path:
             chat = [{"role": "user", "content": meaning}, {"role": "assistant", "content": text}]
             lines.append(json.dumps({"meaning": meaning, "reference": text, "messages": chat}))
     path = tmp_path_factory.mktemp("meanings") / "meanings.jsonl"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    yield from unchanged(path, "\n".join(lines) + "\n")
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TextIO
 import typer
 
 from hkft import processes
-from hkft.errors import FULL, INTERRUPTED, TERMINATED, DataError, HkftError, Terminated, UsageError, as_told, terminable
+from hkft.errors import INTERRUPTED, TERMINATED, DataError, HkftError, Terminated, UsageError, foreseen, terminable
 from hkft.events import Listener, Stage
 
 if TYPE_CHECKING:
@@ -59,34 +59,43 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
                         hint="leave out torchrun or `accelerate launch`",
                     )
                 command(*args, **kwargs)
-        except (HkftError, OSError, ImportError) as error:
-            if isinstance(error, OSError) and error.filename is None and error.errno not in FULL:
+        except (Exception, KeyboardInterrupt) as error:
+            json, problem = bool(kwargs.get("json")), foreseen(error)
+            if _interrupted(error):
+                code = _stopped(error, json)
+            elif problem is not None:
+                code = _failed(problem, json, bool(kwargs.get("debug")))
+            else:
                 raise
-            told = as_told(error)
-            if told.elsewhere or not (processes.first() or processes.joined()):
-                processes.let_first_speak()
-                raise typer.Exit(told.exit_code) from None
-            if kwargs.get("debug"):
-                traceback.print_exc()
-            if kwargs.get("json"):
-                problems = [asdict(problem) for problem in told.problems]
-                show_json({"error": type(told).__name__, "exit_code": told.exit_code, "problems": problems})
-            from hkft.view.errors import show_error
-
-            show_error(told)
-            raise typer.Exit(told.exit_code) from None
-        except (KeyboardInterrupt, RuntimeError) as error:
-            if not _interrupted(error):
-                raise
-            code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
-            if not processes.first():
-                raise typer.Exit(code) from None
-            if kwargs.get("json"):
-                show_json({"error": "KeyboardInterrupt", "exit_code": code, "problems": []})
-            typer.echo("terminated" if code == TERMINATED else "interrupted", err=True)
             raise typer.Exit(code) from None
 
     return run
+
+
+def _failed(error: HkftError, json: bool, debug: bool) -> int:
+    """Say what went wrong, and return the exit code."""
+    if error.elsewhere or not (processes.first() or processes.joined()):
+        processes.let_first_speak()
+        return error.exit_code
+    if debug:
+        traceback.print_exc()
+    if json:
+        problems = [asdict(problem) for problem in error.problems]
+        show_json({"error": type(error).__name__, "exit_code": error.exit_code, "problems": problems})
+    from hkft.view.errors import show_error
+
+    show_error(error)
+    return error.exit_code
+
+
+def _stopped(error: BaseException, json: bool) -> int:
+    """Say by what a command was stopped, and return the exit code."""
+    code = TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+    if processes.first():
+        if json:
+            show_json({"error": "KeyboardInterrupt", "exit_code": code, "problems": []})
+        typer.echo("terminated" if code == TERMINATED else "interrupted", err=True)
+    return code
 
 
 def _interrupted(error: BaseException | None) -> bool:

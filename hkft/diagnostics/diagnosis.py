@@ -20,7 +20,7 @@ from hkft.diagnostics.curve import Point, from_records
 from hkft.diagnostics.history import history_of
 from hkft.diagnostics.memorisation import Row, forgotten, memorised, suspicious, told_apart
 from hkft.diagnostics.verdict import verdict
-from hkft.errors import HkftError
+from hkft.errors import DataError, HkftError
 from hkft.folder import RunFolder, read_json, read_jsonl
 from hkft.recipe import Recipe, load
 
@@ -117,6 +117,13 @@ def _calibration(folder: RunFolder, task: str, splits: Record) -> dict[str, Any]
         if not records:
             return None
         numbers = {name: number for number, name in enumerate(splits["labels"])}
+        if unknown := {str(record["label"]) for record in records} - numbers.keys():
+            raise DataError(
+                "the labels of this run's rows are not those of its classes",
+                where=str(folder.predictions(split)),
+                found=", ".join(sorted(unknown)[:3]),
+                allowed=", ".join(numbers),
+            )
         logits = np.array([record["logits"] for record in records], dtype=np.float64)
         found[split] = calibration(logits, np.array([numbers[record["label"]] for record in records])).as_dict()
     return found

@@ -18,7 +18,6 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hkft.errors import SetupError
@@ -96,14 +95,10 @@ def adapter(folder: Path) -> dict[str, Stored]:
 
 def header(path: Path) -> dict[str, Stored]:
     """The tensors of one file. Raises SetupError: it is not there, or damaged."""
-    try:
-        with safe_open(path, "pt"):  # checks that the places fit the shapes, follow one another and fill the file
-            pass
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            entries = json.loads(file.read(length))
-    except (OSError, SafetensorError) as error:
-        raise pickles.damaged(path, str(error).strip().splitlines()[0]) from error
+    pickles.whole(path)
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        entries = json.loads(file.read(length))
     return {
         name: Stored(path, name, entry["dtype"], tuple(entry["shape"]), 8 + length + first, last - first)
         for name, entry in entries.items()

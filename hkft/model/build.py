@@ -101,6 +101,15 @@ def auto_class(task: str) -> Any:
     return AutoModelForCausalLM if task == "generation" else AutoModelForSequenceClassification
 
 
+def skeleton(recipe: Recipe, config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The base model on torch's meta device: its shape without its numbers. Raises SetupError where it cannot be built."""
+    try:
+        with torch.device("meta"):
+            return auto_class(recipe.task).from_config(config, dtype=dtype)
+    except Exception as error:  # whatever a configuration makes a foreign model raise
+        raise _missing(recipe.model.name, error) from error
+
+
 def base(recipe: Recipe, labels: Sequence[str] | None, pad_token_id: int | None = None) -> PreTrainedModel:
     """The base model with the head of its task, on the recipe's device, its own dropout at `native_dropout`.
 
@@ -333,8 +342,6 @@ def _quantisation(recipe: Recipe, place: torch.device, config: PreTrainedConfig,
         return {}
     from transformers import BitsAndBytesConfig
 
-    with torch.device("meta"):
-        skeleton = auto_class(recipe.task).from_config(config)
     settings = {
         "8bit": {"load_in_8bit": True},
         "4bit": {
@@ -346,7 +353,9 @@ def _quantisation(recipe: Recipe, place: torch.device, config: PreTrainedConfig,
     }
     try:
         return {
-            "quantization_config": BitsAndBytesConfig(llm_int8_skip_modules=heads(skeleton), **settings[kind]),
+            "quantization_config": BitsAndBytesConfig(
+                llm_int8_skip_modules=heads(skeleton(recipe, config)), **settings[kind]
+            ),
             "device_map": {"": place},
         }
     except ImportError as error:

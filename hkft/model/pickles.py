@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from safetensors import SafetensorError, safe_open
+
 from hkft.errors import SetupError
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -17,13 +19,15 @@ SAFE = ".safetensors"
 def refuse(folder: str | Path) -> None:
     """Raise SetupError where a local folder holds pickled weights and no safetensors, or an index of others than its own.
 
-    Other places are not looked at.
+    And for a model's safetensors that are damaged. Other places are not looked at.
     """
     place = Path(folder).expanduser()
     if not place.is_dir():
         return
     for path in place.glob(f"*{SAFE}.index.json"):
         index(path)
+    for path in place.glob(f"model*{SAFE}"):
+        whole(path)
     if any(place.glob(f"*{SAFE}")):
         return
     found = sorted(path.name for path in place.iterdir() if path.suffix in PICKLED and "model" in path.name)
@@ -55,6 +59,15 @@ def index(path: Path) -> dict[str, str]:
         if not file.endswith(SAFE):
             raise _pickled(path, file)
     return files
+
+
+def whole(path: Path) -> None:
+    """Raise SetupError for safetensors whose places do not fit the shapes, follow one another and fill the file."""
+    try:
+        with safe_open(path, "np"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise damaged(path, str(error).strip().splitlines()[0]) from error
 
 
 def damaged(path: Path, found: str) -> SetupError:

@@ -70,7 +70,7 @@ def sized(recipe: Recipe, material: Material) -> Sized:
     if kind != "none":
         dtype = torch.float32  # what is not quantised is trained with in float32
     with torch.device("meta"):
-        base = build.auto_class(recipe.task).from_config(config, dtype=dtype)
+        base = build.skeleton(recipe, config, dtype)
         build.check_decoder(recipe, base)
         build.pad_with(base, build.padding_id(material.tokenizer))
         maps = quantised_maps(base) if kind != "none" else []

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_callback import DefaultFlowCallback
 
-from hkft.errors import FULL, OutOfMemoryError, SetupError
+from hkft.errors import FULL, OutOfMemoryError, SetupError, foreseen
 from hkft.events import Listener, Notice
 from hkft.folder import RunFolder
 from hkft.model import memory
@@ -56,15 +56,10 @@ def working(folder: RunFolder, recipe: Recipe, material: Material) -> Iterator[N
         better = remedies(recipe, material, folder) if problem.message.endswith("while training") else None
         raise OutOfMemoryError(problems=[replace(problem, hint=better or problem.hint)]) from error
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        problem = foreseen(error)
+        if problem is None:
             raise
-        raise SetupError(
-            "a process that reads the data died",
-            where="train.dataloader_num_workers",
-            found=str(error).strip().splitlines()[0],
-            hint="--set train.dataloader_num_workers=0; most often memory, or shared memory, did not suffice. "
-            f"`--resume` goes on in {folder.path}",
-        ) from error
+        raise problem from error
 
 
 def _unwritten(error: Exception, folder: RunFolder) -> SetupError:

@@ -13,6 +13,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, set_seed
 
 from hkft import processes
@@ -342,8 +343,15 @@ def trainer_of(recipe: Recipe, material: Material, model: PeftModel, folder: Run
                 processing_class=material.tokenizer,
                 dropout=_method(recipe, tell),
             )
+            # what an optimizer or a data loader cannot be made of is said before the folder is begun
             if not _spread(trainer):
-                trainer.create_optimizer()  # what it cannot be made of is said before the folder is begun
+                trainer.create_optimizer()
+            DataLoader(
+                material.examples["train"],  # type: ignore[arg-type]
+                num_workers=settings.dataloader_num_workers,
+                prefetch_factor=settings.dataloader_prefetch_factor,
+                persistent_workers=settings.dataloader_persistent_workers,
+            )
             return trainer
     except HkftError:
         raise

@@ -74,6 +74,13 @@ def not_loaded(found: str, name: str = "bert") -> str:
     )
 
 
+CUT_SHORT = (
+    "error: the file is damaged or incomplete\n"
+    "  where    bert/model.safetensors\n"
+    "  found    ...incomplete metadata...\n"
+    "  hint     fetch or copy it once more\n"
+)
+
 # --- what files hold --------------------------------------------------------------------------------------------------
 
 TEXTS = [f"a {word} film number {n}" for n in range(20) for word in ("good", "bad")]
@@ -418,6 +425,12 @@ RECIPES = {
         "error: what the train section asks for is not installed\n  where    train.deepspeed\n  found    ...deepspeed...\n",
         code=4,
     ),
+    "fewer data workers than none": edited(
+        "1.0e-2",
+        "1.0e-2, dataloader_num_workers: -1",
+        "error: the train section cannot be trained with\n  where    train\n  found    num_workers...\n",
+        args=TRAIN,
+    ),
 }
 
 DATA = {
@@ -719,7 +732,16 @@ MODELS = {
         lambda: remove("bert/model.safetensors"),
         not_loaded("Error no file named model.safetensors found in directory bert."),
     ),
-    "weights cut short": model(lambda: torn("bert/model.safetensors"), not_loaded("...incomplete metadata...")),
+    "weights cut short": model(lambda: torn("bert/model.safetensors"), CUT_SHORT),
+    "weights cut short, before training": model(lambda: torn("bert/model.safetensors"), CUT_SHORT, CHECK),
+    "heads that do not divide the size, before training": model(
+        lambda: changed("bert/config.json", num_attention_heads=5),
+        not_loaded("The hidden size (32) is not a multiple of the number of attention heads (5)"),
+        CHECK,
+    ),
+    "a negative size, before training": model(
+        lambda: changed("bert/config.json", intermediate_size=-3), not_loaded("...negative dimension -3..."), CHECK
+    ),
     "pickled weights": model(
         lambda: pickled("bert/pytorch_model.bin", "bert/model.safetensors"),
         "error: the weights are pickled, and opening a pickle runs the code in it\n"
@@ -965,6 +987,23 @@ RUNS = {
         "error: a file of this run lacks 'status'\n"
         "  where    run/summary.json\n"
         "  hint     the run cannot be used without it\n",
+    ),
+    "a line of predictions without a label": folder(
+        "diagnose run",
+        lambda: write("run/predictions/validation.jsonl", '{"id": 0, "logits": [0.0, 1.0]}\n'),
+        3,
+        "error: a file of this run lacks 'label'\n"
+        "  where    run/predictions/validation.jsonl\n"
+        "  hint     the run cannot be used without it\n",
+    ),
+    "predictions of other classes": folder(
+        "diagnose run",
+        lambda: changed("run/splits.json", labels=["no", "yes"]),
+        3,
+        "error: the labels of this run's rows are not those of its classes\n"
+        "  where    run/predictions/train_probe.jsonl\n"
+        "  found    negative, positive\n"
+        "  allowed  no, yes\n",
     ),
     "a run of a later hkft": folder(
         EVAL,

@@ -153,11 +153,12 @@ def test_near_duplicates_and_the_adapter_are_in_the_folder(recipe_file, tmp_path
     monkeypatch.setenv("HKFT_CACHE", str(tmp_path / "cache"))
     lines = reviews.read_text().splitlines()
     text, rest = lines[1].split(",", 1)
-    validation = tmp_path / "validation.csv"
+    train, validation = tmp_path / "train.csv", tmp_path / "validation.csv"
     long = " ".join([text] * 4)
-    reviews.write_text("\n".join([*lines, f"{long},{rest}"]) + "\n")
+    train.write_text("\n".join([*lines, f"{long},{rest}"]) + "\n")
     validation.write_text("\n".join([*lines[:9], f"{long}!,{rest}"]) + "\n")
-    done = api.train(recipe_file, [f"data.validation={validation}"], output=tmp_path / "run")
+    files = [f"data.train={train}", f"data.validation={validation}"]
+    done = api.train(recipe_file, files, output=tmp_path / "run")
     near = read_json(done.splits)["near_duplicates"]
     assert near["compared"] == 9
     almost = [pair for pair in near["pairs"] if pair["similarity"] < 1]
@@ -165,7 +166,7 @@ def test_near_duplicates_and_the_adapter_are_in_the_folder(recipe_file, tmp_path
     assert any("nearly stand in train" in record["text"] for record in done.records("notice"))
     told: list[Event] = []
     monkeypatch.setattr(prepare, "near_duplicates", None)  # they are looked for once
-    again = prepare.prepare(load(recipe_file, [f"data.validation={validation}"]), told.append)
+    again = prepare.prepare(load(recipe_file, files), told.append)
     assert again.near_duplicates == near
     assert sum("nearly stand in train" in event.text for event in told if isinstance(event, Notice)) == 1
     modules = read_json(done.summary)["adapter"]
