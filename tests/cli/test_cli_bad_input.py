@@ -74,12 +74,12 @@ def not_loaded(found: str, name: str = "bert") -> str:
     )
 
 
-CUT_SHORT = (
-    "error: the file is damaged or incomplete\n"
-    "  where    bert/model.safetensors\n"
-    "  found    ...incomplete metadata...\n"
-    "  hint     fetch or copy it once more\n"
-)
+def no_safetensors(found: str) -> str:
+    return (
+        "error: the file is damaged or incomplete\n  where    bert/model.safetensors\n"
+        f"  found    {found}\n  hint     fetch or copy it once more\n"
+    )
+
 
 # --- what files hold --------------------------------------------------------------------------------------------------
 
@@ -732,8 +732,10 @@ MODELS = {
         lambda: remove("bert/model.safetensors"),
         not_loaded("Error no file named model.safetensors found in directory bert."),
     ),
-    "weights cut short": model(lambda: torn("bert/model.safetensors"), CUT_SHORT),
-    "weights cut short, before training": model(lambda: torn("bert/model.safetensors"), CUT_SHORT, CHECK),
+    "weights cut short": model(lambda: torn("bert/model.safetensors"), no_safetensors("...incomplete metadata...")),
+    "weights cut short, before training": model(
+        lambda: torn("bert/model.safetensors"), no_safetensors("...incomplete metadata..."), CHECK
+    ),
     "heads that do not divide the size, before training": model(
         lambda: changed("bert/config.json", num_attention_heads=5),
         not_loaded("The hidden size (32) is not a multiple of the number of attention heads (5)"),
@@ -760,7 +762,7 @@ MODELS = {
         CHECK,
     ),
     "a pickle called safetensors": model(
-        lambda: pickled("bert/model.safetensors"), not_loaded("Error while deserializing header: header too large")
+        lambda: pickled("bert/model.safetensors"), no_safetensors("Error while deserializing header: header too large")
     ),
     "an index that leads out of the folder": model(
         lambda: indexed("../elsewhere.safetensors"),

@@ -179,13 +179,15 @@ def test_an_interrupted_process_ends_the_grid_which_goes_on_later(process, recip
 
 
 def test_after_an_interrupted_process_no_other_begins(process, recipe, tmp_path):
-    ended, cells = threading.Event(), grid.cells(recipe, ["none", "dropkey"], 3)
+    begun, ended, cells = threading.Event(), threading.Event(), grid.cells(recipe, ["none", "dropkey"], 3)
 
     def long():  # until all others are through, or half a second after the interrupt
+        begun.set()
         ended.wait(5)
         threading.Event().wait(0.5)
 
     def interrupted():
+        begun.wait(5)  # else the one beside it would not begin, either
         ended.set()
         return subprocess.CompletedProcess([], INTERRUPTED, "{}", "")
 
