@@ -336,6 +336,22 @@ def test_a_logger_that_is_not_installed_is_a_missing_package(hkft, tiny):
     assert not Path("run").exists()
 
 
+def test_a_data_worker_that_died_is_told_wherever_torch_s_signal_handler_raises(hkft, tiny, monkeypatch):
+    def dies(*_: object) -> None:  # after training, where nothing waits for it
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr("hkft.training.run.updates", dies)
+    ran = hkft("train", "--recipe", tiny, "--output", "run")
+    assert ran.code == 4
+    assert ran.err.endswith(
+        "error: a process that reads the data died\n"
+        "  where    train.dataloader_num_workers\n"
+        "  found    DataLoader worker (pid 7) is killed by signal: Killed.\n"
+        "  hint     --set train.dataloader_num_workers=0; most often memory, or shared memory, did not suffice. "
+        "`--resume` goes on from the last checkpoint\n"
+    )
+
+
 def test_debug_shows_the_traceback(shell):
     calm, loud = (shell("train", "--recipe", "quickstrat", *extra) for extra in ((), ("--debug",)))
     assert "Traceback" not in calm.err
