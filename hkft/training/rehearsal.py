@@ -26,9 +26,10 @@ from hkft.model import build, memory
 from hkft.recipe import Recipe
 from hkft.training import environment, looks
 from hkft.training.prepare import Material, step_counts
-from hkft.training.run import ASIDE, trainer_of
+from hkft.training.run import trainer_of
 from hkft.training.shelf import Shelf
 from hkft.training.trainer import Trainer
+from hkft.training.watcher import ASIDE
 
 ENOUGH = 5.0  # seconds of steps, after two of them
 TURNS = 8  # of both steps at most

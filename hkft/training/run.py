@@ -4,38 +4,29 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, set_seed
 
 from hkft import processes
 from hkft.data import tokenise
 from hkft.data.sources import cells_of
-from hkft.data.tokenise import texts_of
-from hkft.diagnostics.decomposition import Added
 from hkft.dropout.method import Method
 from hkft.dropout.selfcheck import self_check
 from hkft.errors import HkftError, RecipeError, SetupError, Terminated, UsageError, as_told, first_line
-from hkft.evaluation.completions import Completions
-from hkft.evaluation.look import look
-from hkft.evaluation.predict import Predictions
 from hkft.events import Event, Finished, Listener, Notice, Stage, silent
 from hkft.folder import (
     RunFolder,
     check_place,
     default_folder,
-    move_files,
     read_json,
     write_json,
-    write_jsonl,
     write_text,
 )
 from hkft.model import build, memory
@@ -50,9 +41,9 @@ from hkft.training.resume import Seal, check_processes, check_recipe, check_rows
 from hkft.training.shelf import Shelf
 from hkft.training.summary import started, summarise
 from hkft.training.trainer import Trainer
+from hkft.training.watcher import adapted, is_spread, watcher_of
 
 CHECKED = 8  # training rows of the self-check
-ASIDE = 32  # rows of the probe of which, at every look, the objective is measured in train mode
 
 
 @dataclass(frozen=True)
@@ -223,25 +214,25 @@ def _write(folder: RunFolder, recipe: Recipe, material: Material) -> None:
 def _fit(begun: Begun) -> None:
     recipe, material, trainer, folder = begun.recipe, begun.material, begun.trainer, begun.folder
     tell, resume = begun.tell, begun.resume
-    watcher = _watcher(recipe, material, folder, trainer, tell)
+    watcher = watcher_of(recipe, material, folder, trainer, tell)
     checkpoint = None
     if resume:
         checkpoint = processes.of_first(lambda: take_up(folder, watcher, begun.other_rows, tell))
         watcher.curve = processes.of_first(lambda: watcher.curve)
     trainer.remove_callback(PrinterCallback)
     if recipe.diagnostics.average is not None:
-        average = Average(_adapted(trainer), recipe.diagnostics.average)
+        average = Average(adapted(trainer), recipe.diagnostics.average)
         trainer.add_callback(average)  # before the watcher: at its looks the step is in the average
         watcher.applied = average.applied
     trainer.add_callback(watcher)
     trainer.add_callback(Seal(watcher.clock, trainer.accelerator.wait_for_everyone))
-    trainable, total = build.parameters(_adapted(trainer))
+    trainable, total = build.parameters(adapted(trainer))
     guard_loggers(trainer.callback_handler.callbacks, (Average, looks.Looks, Seal), tell)
     tell(started(recipe, material, folder, trainer, watcher, trainable, total))
     facts: dict[str, Any] = {
         "trainable_parameters": trainable,
         "total_parameters": total,
-        "quantised": build.quantised(_adapted(trainer)),
+        "quantised": build.quantised(adapted(trainer)),
         "text_prompts": _prompts_written_for(recipe, material),
     }
     if resume and folder.summary.exists():
@@ -261,7 +252,7 @@ def _fit(begun: Begun) -> None:
             if not whole:
                 watcher.look_once_more(trainer.state)
         with watcher.applied():
-            facts["adapter"] = [asdict(update) for update in updates(_adapted(trainer))]
+            facts["adapter"] = [asdict(update) for update in updates(adapted(trainer))]
     except KeyboardInterrupt:
         status = "interrupted"
         raise
@@ -295,11 +286,11 @@ def _self_check(begun: Begun) -> dict[str, Any]:
     trainer, rows = begun.trainer, begun.material.examples["train"]
     if not any(dropper.rate for dropper in trainer.attachment.droppers):
         return {}
-    if _spread(trainer):
+    if is_spread(trainer):
         begun.tell(Notice("no self-check of the method: the model is spread over several devices"))
         return {}
     begun.tell(Stage("checking the method"))
-    model, collate = _adapted(trainer), trainer.data_collator
+    model, collate = adapted(trainer), trainer.data_collator
     count = min(CHECKED, trainer.args.per_device_train_batch_size, len(rows))
     batch = trainer._prepare_inputs(collate([rows[n] for n in range(count)]))
     with memory.while_training(begun.recipe):
@@ -344,7 +335,7 @@ def trainer_of(recipe: Recipe, material: Material, model: PeftModel, folder: Run
                 dropout=_method(recipe, tell),
             )
             # what an optimizer or a data loader cannot be made of is said before the folder is begun
-            if not _spread(trainer):
+            if not is_spread(trainer):
                 trainer.create_optimizer()
             DataLoader(
                 material.examples["train"],  # type: ignore[arg-type]
@@ -375,26 +366,6 @@ def _nothing_left(folder: RunFolder, fresh: bool) -> Iterator[None]:
         raise
 
 
-def _spread(trainer: Trainer) -> bool:
-    """Whether a model is in parts on several devices."""
-    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-
-
-def _whole(trainer: Trainer) -> dict[str, Any] | None:
-    """The trained weights of a model that is in parts, which its processes put together; None: they are whole."""
-    if not _spread(trainer):
-        return None
-    if not trainer.accelerator.is_fsdp2:
-        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    trained = {name: each.detach() for name, each in _adapted(trainer).named_parameters() if each.requires_grad}
-    return {name: (each.full_tensor() if isinstance(each, DTensor) else each).clone() for name, each in trained.items()}
-
-
-def _adapted(trainer: Trainer) -> PeftModel:
-    assert isinstance(trainer.model, PeftModel)
-    return trainer.model
-
-
 def _method(recipe: Recipe, tell: Listener) -> Method:
     """The recipe's method; where its every rate is 0, without the second pass that would change nothing."""
     method = recipe.method
@@ -403,82 +374,3 @@ def _method(recipe: Recipe, tell: Listener) -> Method:
         tell(Notice("every dropout rate is 0, so the consistency loss is exactly 0: left out", "warning"))
         return method.with_weight(0.0)
     return method
-
-
-def _watcher(
-    recipe: Recipe,
-    material: Material,
-    folder: RunFolder,
-    trainer: Trainer,
-    tell: Listener,
-) -> looks.Looks:
-    settings, model = trainer.args, _adapted(trainer)
-
-    def look_at(split: str) -> Predictions | Completions:
-        name = {"train_probe": "the probe", "validation": "validation"}[split]
-        with memory.while_looking(recipe):
-            return look(
-                model,
-                material.tokenizer,
-                material.examples[split],
-                recipe,
-                batch_size=settings.per_device_eval_batch_size,
-                write_text=recipe.diagnostics.generate is not None,
-                limit=recipe.diagnostics.generate,
-                tell=tell,
-                looking=f"looking at {name}",
-                writing=f"writing for {name}",
-                share=processes.WHOLE if _spread(trainer) else processes.share(),  # a model spread over all needs all
-            )
-
-    def remember(step: int, seen: Mapping[str, Predictions | Completions]) -> None:
-        rows = {split: _of_rows(found) for split, found in seen.items()}
-        groups = seen["validation"].groups
-        folder.remember({"step": step, **rows, "groups": None if groups is None else groups.tolist()})
-
-    def aside() -> tuple[Added, int] | None:
-        if _spread(trainer):
-            return None
-        count = min(ASIDE, len(material.examples["train_probe"]))
-        rows = [material.examples["train_probe"][n] for n in range(count)]
-        return trainer.aside(rows, recipe.seed), count
-
-    @cache
-    def texts(split: str) -> list[str] | None:
-        return texts_of(material.examples[split], material.tokenizer)
-
-    def keep(seen: Mapping[str, Predictions | Completions]) -> None:
-        weights = _whole(trainer)
-        if not processes.first():
-            return
-        beside = folder.adapter.with_name(".adapter.partial")
-        shutil.rmtree(beside, ignore_errors=True)
-        model.save_pretrained(str(beside), state_dict=weights)
-        material.tokenizer.save_pretrained(str(beside))
-        move_files(beside, folder.adapter)
-        for split, predictions in seen.items():
-            write_jsonl(folder.predictions(split), predictions.records(material.labels, texts(split)))
-
-    total, per_epoch = step_counts(len(material.examples["train"]), settings)
-    return looks.Looks(
-        look=look_at,
-        keep=keep,
-        remember=remember,
-        aside=aside,
-        log=trainer.log,
-        tell=tell,
-        at=looks.steps(total, per_epoch, recipe.diagnostics.evals_per_epoch),
-        criterion=recipe.diagnostics.metric or "loss",
-        patience=recipe.diagnostics.patience,
-        counters=lambda: (int(trainer.samples_seen), int(trainer.tokens_seen)),
-    )
-
-
-def _of_rows(seen: Predictions | Completions) -> dict[str, Any]:
-    """What is remembered of a set at a look: of each row its loss, its items where a row has several, and if it was right."""
-    rows, right = seen.by_row, seen.right
-    return {
-        "losses": [float(f"{loss:.6g}") for loss in rows.each],
-        "items": None if (rows.items == 1).all() else rows.items.tolist(),
-        "right": None if right is None else right.astype(int).tolist(),
-    }

@@ -18,8 +18,7 @@ from hkft.diagnostics.history import history_of, losses_of
 from hkft.events import Event, Notice, TrainStep
 from hkft.folder import RunFolder, read_json, read_jsonl
 from hkft.recipe import load
-from hkft.training import prepare
-from hkft.training import run as running
+from hkft.training import prepare, watcher
 from hkft.training.trainer import Trainer
 
 
@@ -172,4 +171,4 @@ def test_near_duplicates_and_the_adapter_are_in_the_folder(recipe_file, tmp_path
     modules = read_json(done.summary)["adapter"]
     assert len(modules) == 4
     assert all(0 < each["effective_rank"] <= each["rank"] == 4 for each in modules)
-    assert running.ASIDE >= 16
+    assert watcher.ASIDE >= 16

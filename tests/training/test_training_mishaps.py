@@ -15,7 +15,7 @@ from hkft import api
 from hkft.errors import DivergedError, HkftError, OutOfMemoryError, SetupError
 from hkft.events import Evaluated, Notice
 from hkft.folder import RunFolder, read_json
-from hkft.training import mishaps, run
+from hkft.training import mishaps, run, watcher
 from hkft.training.trainer import Trainer
 
 
@@ -96,7 +96,7 @@ def test_out_of_memory_in_a_look_is_that_of_the_look(recipe_file, tmp_path, monk
     def look(*args, **kwargs):
         raise MemoryError
 
-    monkeypatch.setattr(run, "look", look)
+    monkeypatch.setattr(watcher, "look", look)
     with pytest.raises(OutOfMemoryError, match="out of memory while evaluating") as caught:
         api.train(recipe_file, output=tmp_path / "run")
     assert "--set train.per_device_eval_batch_size=" in (caught.value.problems[0].hint or "")
