@@ -26,9 +26,23 @@ install_import_hook(
 )
 
 
-def pytest_collection_finish() -> None:
-    """What the tests' imports have left is no garbage: accelerate collects before every training, half a second each."""
-    gc.freeze()
+_frozen = 0  # modules that were loaded when the collector last set aside what there was
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Before any fixture, those of a module and of the session too.
+
+    What imports have left is no garbage: accelerate collects before every training, half a second each. And the self-check
+    of every run times its sites in one round, not for a second.
+    """
+    global _frozen
+    if len(sys.modules) > _frozen + 50:
+        gc.collect()
+        gc.freeze()
+        _frozen = len(sys.modules)
+    if "hkft.dropout.selfcheck" in sys.modules:
+        sys.modules["hkft.dropout.selfcheck"].BUDGET = 0.0
 
 
 @pytest.fixture(autouse=True)
@@ -42,13 +56,6 @@ def seed() -> int:
         torch.manual_seed(0)
         torch.set_num_threads(1)
     return 0
-
-
-@pytest.fixture(autouse=True)
-def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The self-check of every run times its sites in one round, not for a second."""
-    if "hkft.dropout.selfcheck" in sys.modules:
-        monkeypatch.setattr(sys.modules["hkft.dropout.selfcheck"], "BUDGET", 0.0)
 
 
 # --- a model and data small enough to train in a test -----------------------------------------------------------------

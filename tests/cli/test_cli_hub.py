@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,23 +70,45 @@ def hub(tmp_path: Path) -> Path:
     return home
 
 
-def test_sst2_hiddenkey_from_any_folder(shell, hub):
-    shorter = ["--set", "train.num_train_epochs=1", "--set", "model.device=cpu"]
+COMMANDS = """
+import json, sys
+from typer.testing import CliRunner
+from hkft.cli.main import app
+ran = [CliRunner().invoke(app, command.split()) for command in sys.argv[1:]]
+print(json.dumps([[each.exit_code, each.stdout, each.stderr] for each in ran]))
+"""
+
+
+def test_a_shipped_recipe_from_any_folder_and_a_model_that_is_not_in_the_cache(hub, tiny):
+    """A process of its own: where the cache lies is read on import. All commands in one, which loads torch once."""
+    commands = [
+        "train --recipe sst2-hiddenkey.yaml --output run --set train.num_train_epochs=1 --set model.device=cpu",
+        "merge run --output merged",
+        f"train --recipe {tiny} --set model.name=some/model",
+    ]
     environ = {"HF_HOME": str(hub), "HF_HUB_CACHE": str(hub / "hub"), "HF_HUB_OFFLINE": "1"}
-    ran = shell("train", "--recipe", "sst2-hiddenkey.yaml", "--output", "run", *shorter, **environ)
-    assert ran.code == 0, ran.err
-    assert "hiddenkey on roberta-large, classification, cpu" in ran.err
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, *commands],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, **environ},
+    )
+    assert done.returncode == 0, done.stderr
+    trained, merged, missing = json.loads(done.stdout)
+
+    code, _, said = trained
+    assert code == 0, said
+    assert "hiddenkey on roberta-large, classification, cpu" in said
     summary, environment = read_json(Path("run/summary.json")), read_json(Path("run/environment.json"))
     assert (summary["status"], summary["steps"], summary["model"]) == ("finished", 1, "roberta-large")
     assert environment["model"] == {"name": "roberta-large", "revision": COMMIT}
     assert read_json(Path("run/splits.json"))["labels"] == ["negative", "positive"]
-    assert "warning: 8 of 8 validation rows (100.0%) are in train too" in ran.err
+    assert "warning: 8 of 8 validation rows (100.0%) are in train too" in said
     assert json.loads(Path("run/adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "roberta-large"
-    assert shell("merge", "run", "--output", "merged", **environ).code == 0
+    assert merged[0] == 0, merged
 
-
-def test_a_model_that_is_not_in_the_cache_is_one_message(shell, hub, tiny):
-    ran = shell("train", "--recipe", tiny, "--set", "model.name=some/model", HF_HOME=str(hub), HF_HUB_OFFLINE="1")
-    assert (ran.code, ran.out) == (4, "")
-    assert "error: the model 'some/model' could not be loaded\n  where    model.name\n" in ran.err
-    assert "Traceback" not in ran.err
+    code, out, said = missing
+    assert (code, out) == (4, "")
+    assert "error: the model 'some/model' could not be loaded\n  where    model.name\n" in said
+    assert "Traceback" not in said

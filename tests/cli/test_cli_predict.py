@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
+import os
 import sys
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+
+from hkft.cli.main import app
 
 
 def lines(text: str) -> list[dict]:
@@ -146,21 +150,31 @@ def test_chats_in_turns(hkft, generation_file):
     assert isinstance(found[0]["prediction"], str)
 
 
-def test_lines_come_while_more_are_still_to_be_read(run):
+def test_lines_come_while_more_are_still_to_be_read(run, monkeypatch):
     """A pipe that stays open: the first batch is answered before the second is sent."""
-    command = [sys.executable, "-m", "hkft", "predict", str(run), "--input", "-"]
-    command += ["--set", "train.per_device_eval_batch_size=2"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as p:
-        assert p.stdin is not None
-        assert p.stdout is not None
-        for word in ("good", "bad"):
-            p.stdin.write(json.dumps({"text": word}) + "\n")
-        p.stdin.flush()
-        first = [json.loads(p.stdout.readline()) for _ in range(2)]
-        p.stdin.write(json.dumps({"text": "grey"}) + "\n")
-        p.stdin.close()
-        rest = lines(p.stdout.read())
-    assert p.returncode == 0
+    words = [json.dumps({"text": word}) + "\n" for word in ("good", "bad", "grey")]
+    first = []
+
+    def other_end():
+        ask.writelines(words[:2])
+        ask.flush()
+        first.extend(json.loads(heard.readline()) for _ in range(2))
+        ask.write(words[2])
+        ask.close()
+
+    with ExitStack() as stack:
+        pipes = [(os.fdopen(reader), os.fdopen(writer, "w")) for reader, writer in (os.pipe(), os.pipe())]
+        (asked, ask), (heard, said) = [[stack.enter_context(end) for end in pipe] for pipe in pipes]
+        monkeypatch.setattr(sys, "stdin", asked)
+        monkeypatch.setattr(sys, "stdout", said)
+        thread = threading.Thread(target=other_end)
+        thread.start()
+        command = ["predict", str(run), "--input", "-", "--set", "train.per_device_eval_batch_size=2"]
+        try:
+            assert not app(command, standalone_mode=False)
+        finally:
+            said.close()
+            thread.join()
+        rest = lines(heard.read())
     assert [row["text"] for row in first + rest] == ["good", "bad", "grey"]
+    assert len(first) == 2

@@ -168,7 +168,8 @@ def interrupting() -> Iterator[None]:
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on_from_it(hkft, tiny):
-    args = ["train", "--recipe", str(tiny), "--output", "run", "--set", "train.num_train_epochs=25"]
+    args = ["train", "--recipe", str(tiny), "--output", "run", "--set", "train.num_train_epochs=10"]
+    args += ["--set", "diagnostics.evals_per_epoch=1"]
     command = [sys.executable, "-m", "hkft", *args]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -185,7 +186,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on_from_it(hkft, tiny):
     run = RunFolder(Path("run"))
     summary = read_json(run.summary)
     assert summary["status"] == "interrupted"
-    assert 0 < summary["steps"] < summary["total_steps"] == 200
+    assert 0 < summary["steps"] < summary["total_steps"] == 80
     assert run.last_checkpoint() == run.checkpoints / f"checkpoint-{summary['steps']}"
     assert run.report.exists()
 
@@ -198,10 +199,10 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on_from_it(hkft, tiny):
     steps_before = [record["step"] for record in run.records("train")]
     resumed = hkft(*args, "--resume", "--json")
     assert resumed.code == 0, resumed.err
-    assert (resumed.document["status"], resumed.document["steps"]) == ("finished", 200)
+    assert (resumed.document["status"], resumed.document["steps"]) == ("finished", 80)
     assert run.status == "finished"
     steps = [record["step"] for record in run.records("train")]
-    assert steps == list(range(1, 201))
+    assert steps == list(range(1, 81))
     assert steps[: len(steps_before)] == steps_before
 
 
@@ -225,7 +226,7 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(hkft, tiny, monkeypatch):
     assert ran.code == INTERRUPTED
     assert ran.err.endswith("interrupted\n")
     assert not Path("run").exists()
-    assert hkft("train", "--recipe", tiny, "--output", "run").code == 0
+    assert hkft("train", "--recipe", tiny, "--output", "run", "--set", "train.max_steps=1").code == 0
 
 
 def test_no_step_is_no_run(hkft, tiny):
@@ -236,7 +237,8 @@ def test_no_step_is_no_run(hkft, tiny):
 
 
 def test_few_validation_rows_are_said_to_be_few(hkft, tiny):
-    ran = hkft("train", "--recipe", tiny, "--output", "run", "--set", "data.validation_rows=6")
+    few = ["--set", "data.validation_rows=6", "--set", "train.max_steps=1"]
+    ran = hkft("train", "--recipe", tiny, "--output", "run", *few)
     assert "warning: only 6 validation rows: what is measured on them is mostly noise\n" in ran.err
 
 
@@ -245,7 +247,7 @@ def test_a_correlation_that_is_none_is_no_traceback(hkft, tiny):
     lines = Path("reviews.csv").read_text(encoding="utf-8").splitlines()
     stars = lines[1].rpartition(",")[2]  # of a training row, for the probe
     Path("same.csv").write_text("\n".join([lines[0], *(f"a film {n},b,positive,{stars}" for n in range(20))]) + "\n")
-    settings = ["task=regression", "data.label=stars", "data.validation=same.csv"]
+    settings = ["task=regression", "data.label=stars", "data.validation=same.csv", "train.max_steps=2"]
     ran = hkft("train", "--recipe", tiny, "--output", "run", *(word for one in settings for word in ("--set", one)))
     assert ran.code == 0, ran.err
     assert "validation pearson - (gap -)" in ran.err

@@ -16,11 +16,15 @@ from hkft.errors import UsageError
 from hkft.folder import RunFolder, read_json
 
 SERVER = """
-import json, os, sys
+import gc, json, os, sys
 from hkft.cli.main import main
 from hkft import api
+from hkft.dropout import selfcheck
 from hkft.training import run
 from hkft.view import comparison_report, terminal
+selfcheck.BUDGET = 0.0  # the methods are timed in one round
+api.train(sys.argv[1], ["train.max_steps=1"], output=sys.argv[2])  # loads what a run imports, for every child
+gc.freeze()
 for line in sys.stdin:
     children, (folder, commands) = [], json.loads(line)
     for number, command in enumerate(commands):
@@ -37,12 +41,13 @@ SHORT = ["--set", "train.num_train_epochs=1", "--set", "diagnostics.evals_per_ep
 
 
 @pytest.fixture(scope="module")
-def server():
+def server(tmp_path_factory, recipe_text):
     """A process that has loaded everything, and forks for every command that it is told."""
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "tiny.yaml").write_text(recipe_text, encoding="utf-8")
+    command = [sys.executable, "-c", SERVER, folder / "tiny.yaml", folder / "run"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER], **pipes, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    ) as process:
+    with subprocess.Popen(command, **pipes, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
         yield process
         process.stdin.close()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -329,8 +329,6 @@ def test_every_adapter_trains(zoo: Any, base: str, name: str, method: str) -> No
 # --- several processes ------------------------------------------------------------------------------------------------
 
 RANK = """
-import os, sys
-from pathlib import Path
 import peft, torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -338,7 +336,6 @@ from transformers import BertConfig, BertForSequenceClassification
 import hkft
 
 torch.set_num_threads(1)
-folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 dist.init_process_group("gloo", init_method=(folder / "meet").as_uri(), rank=rank, world_size=2)
 sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
 quiet = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -400,15 +397,22 @@ dist.destroy_process_group()
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two processes of data-parallel training, begun with one seed, found."""
+    """What two processes of data-parallel training, begun with one seed, found. They are forked: torch is loaded already."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-P", "-W", "ignore", "-c", RANK, str(folder)]
-    running = [
-        subprocess.Popen(command, env={**os.environ, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], "\n".join(errors)
+    running = []
+    for rank in (0, 1):
+        running.append(os.fork())
+        if not running[-1]:
+            code = 1
+            try:
+                warnings.simplefilter("ignore")
+                exec(RANK, {"folder": folder, "rank": rank})
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in running] == [0, 0]
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -102,6 +102,7 @@ def whole(tmp_path_factory, recipe_text):
     folder = tmp_path_factory.mktemp("whole")
     recipe = folder / "tiny.yaml"
     recipe.write_text(recipe_text.replace("evals_per_epoch: 2", "evals_per_epoch: 2, average: 0.8"), encoding="utf-8")
+    api.train(recipe, ["train.max_steps=1"], output=folder / "first")  # loads what a run imports, for every child
     count = accesses(folder / "run", recipe)
     return recipe, RunFolder(folder / "run"), count
 

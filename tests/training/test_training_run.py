@@ -32,9 +32,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.fixture
-def finished(recipe_file: Path, tmp_path: Path) -> RunFolder:
-    return api.train(recipe_file, output=tmp_path / "run")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, recipe_text: str) -> RunFolder:
+    """A run of `recipe_file`'s recipe. To look at only."""
+    recipe = tmp_path_factory.mktemp("finished") / "tiny.yaml"
+    recipe.write_text(recipe_text, encoding="utf-8")
+    return api.train(recipe, output=recipe.parent / "run")
 
 
 def test_the_folder_is_what_the_contract_lists(finished, recipe_file):
@@ -103,42 +106,41 @@ def test_gap_and_best_follow_from_the_looks(finished):
     assert summary["best"]["validation"]["loss"] == best["validation"]["loss"]
 
 
-def test_objective_task_loss_and_consistency_are_told_apart(recipe_file, tmp_path):
-    heard: list[Event] = []
-    run.train(load(recipe_file), tmp_path / "run", tell=heard.append)
-    steps = [event for event in heard if isinstance(event, TrainStep)]
+def test_objective_task_loss_and_consistency_are_told_apart(finished):
+    steps = finished.records("train")
     assert len(steps) == 16
     for step in steps:
-        assert step.consistency is not None
-        assert step.objective == pytest.approx(step.task_loss + 0.5 * step.consistency, abs=1e-6)
+        assert step["consistency"] is not None
+        assert step["objective"] == pytest.approx(step["task_loss"] + 0.5 * step["consistency"], abs=1e-6)
 
 
 def test_the_same_seed_is_the_same_run_and_another_is_not(recipe_file, tmp_path):
     first, second, other = (
-        run.train(load(recipe_file, [f"seed={seed}"]), tmp_path / name).records("eval")
+        run.train(load(recipe_file, [f"seed={seed}", "train.max_steps=4"]), tmp_path / name).records("eval")
         for name, seed in (("a", 3), ("b", 3), ("c", 4))
     )
     losses = [[seen["validation"]["loss"] for seen in curve] for curve in (first, second, other)]
+    assert len(losses[0]) == 2
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
 
 
 def test_methods_start_from_the_same_weights_on_the_same_rows(recipe_file, tmp_path):
     runs = [
-        run.train(load(recipe_file, [f"dropout.method={name}"]), tmp_path / name)
+        run.train(load(recipe_file, [f"dropout.method={name}", "train.max_steps=4"]), tmp_path / name)
         for name in ("none", "dropattention", "lora-dropout")
     ]
     assert len({json.dumps(read_json(one.splits)) for one in runs}) == 1
     assert len({one.records("eval")[0]["validation"]["loss"] for one in runs}) == 1
     assert len({one.records("eval")[-1]["validation"]["loss"] for one in runs}) == 3
     [site] = read_json(runs[2].summary)["sites"]
-    assert site["calls"] == 2 * 2 * 16  # layers, adapted modules, steps
+    assert site["calls"] == 2 * 2 * 4  # layers, adapted modules, steps
     assert 'lora_dropout": 0.0' in (runs[2].adapter / "adapter_config.json").read_text(encoding="utf-8")
 
 
 def test_a_regression_on_pairs(recipe_file, tmp_path):
     settings = ["task=regression", "data.label=stars", "data.text=[text, other]", "train.num_train_epochs=12"]
-    settings += ["lora.target_modules=all-linear", "dropout.method=none"]
+    settings += ["diagnostics.evals_per_epoch=1", "lora.target_modules=all-linear", "dropout.method=none"]
     summary = read_json(api.train(recipe_file, settings, output=tmp_path / "run").summary)
     assert summary["metric"] == "pearson"
     assert set(summary["best"]["validation"]) == {"loss", "pearson", "spearman", "mse"}
@@ -181,7 +183,8 @@ def test_a_finished_run_is_never_overwritten(finished, recipe_file):
 
 
 def test_the_tokenizer_is_kept_as_it_came(recipe_file, tiny_bert, tmp_path):
-    folder = run.train(load(recipe_file, ["data.max_length=8"]), tmp_path / "run")  # cuts many rows
+    cut = ["data.max_length=8", "train.max_steps=1"]  # many rows
+    folder = run.train(load(recipe_file, cut), tmp_path / "run")
     assert (folder.adapter / "tokenizer.json").read_bytes() == (tiny_bert / "tokenizer.json").read_bytes()
 
 
@@ -213,9 +216,7 @@ def test_what_is_wrong_before_training_leaves_nothing_behind(recipe_file, tmp_pa
 
 # before the first look, and within an epoch
 @pytest.mark.parametrize(("at", "sent"), [(2, "SIGINT"), (6, "SIGTERM")])
-def test_an_interrupted_run_resumes_to_the_same_end(recipe_file, tmp_path, at, sent):
-    whole = run.train(load(recipe_file), tmp_path / "whole")
-
+def test_an_interrupted_run_resumes_to_the_same_end(finished, recipe_file, tmp_path, at, sent):
     def interrupt(event: Event) -> None:
         if isinstance(event, TrainStep) and event.step == at:
             os.kill(os.getpid(), getattr(signal, sent))
@@ -232,10 +233,10 @@ def test_an_interrupted_run_resumes_to_the_same_end(recipe_file, tmp_path, at, s
         api.train(recipe_file, ["seed=9"], output=cut.path, resume=True)
     api.train(recipe_file, output=cut.path, resume=True)
     assert cut.status == "finished"
-    curves = [[(seen["step"], seen["validation"]["loss"]) for seen in one.records("eval")] for one in (whole, cut)]
+    curves = [[(seen["step"], seen["validation"]["loss"]) for seen in one.records("eval")] for one in (finished, cut)]
     assert [step for step, _ in curves[1]] == [0, 4, 8, 12, 16]
     assert [loss for _, loss in curves[1]] == pytest.approx([loss for _, loss in curves[0]], rel=1e-5)
-    steps = [{seen["step"]: seen["objective"] for seen in one.records("train")} for one in (whole, cut)]
+    steps = [{seen["step"]: seen["objective"] for seen in one.records("train")} for one in (finished, cut)]
     assert steps[1] == pytest.approx(steps[0], rel=1e-5)
 
 
@@ -250,7 +251,7 @@ def test_every_named_method_trains(recipe_file, tmp_path, method):
 
 def test_rate_zero_says_that_the_consistency_is_left_out(recipe_file, tmp_path):
     heard: list[Event] = []
-    run.train(load(recipe_file, ["dropout.rate=0"]), tmp_path / "run", tell=heard.append)
+    run.train(load(recipe_file, ["dropout.rate=0", "train.max_steps=2"]), tmp_path / "run", tell=heard.append)
     assert any("every dropout rate is 0" in getattr(event, "text", "") for event in heard)
     assert all(event.consistency is None for event in heard if isinstance(event, TrainStep))
 
@@ -285,11 +286,10 @@ def test_every_run_begins_with_a_self_check(finished):
     assert summary["sites"][1]["protected"] is None
 
 
-def test_the_self_check_changes_nothing_of_the_training(recipe_file, tmp_path, monkeypatch):
-    checked = api.train(recipe_file, output=tmp_path / "checked")
+def test_the_self_check_changes_nothing_of_the_training(finished, recipe_file, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_self_check", lambda begun: {})
     unchecked = api.train(recipe_file, output=tmp_path / "unchecked")
-    one, two = ([r["objective"] for r in folder.records("train")] for folder in (checked, unchecked))
+    one, two = ([r["objective"] for r in folder.records("train")] for folder in (finished, unchecked))
     assert one == two
 
 
@@ -303,14 +303,15 @@ def test_a_method_that_fails_the_self_check_is_not_trained(recipe_file, tmp_path
 
 
 def test_plain_training_has_no_method_to_check(recipe_file, tmp_path):
-    folder = api.train(recipe_file, ["dropout.method=none"], output=tmp_path / "run")
+    folder = api.train(recipe_file, ["dropout.method=none", "train.max_steps=1"], output=tmp_path / "run")
     assert "self_check" not in read_json(folder.summary)
 
 
 def test_neftune_is_trainers_own_and_never_seen_by_a_look(recipe_file, tmp_path):
     """Another path of training, the same first look, and what is saved gives the numbers of the looks."""
+    short = ["dropout.method=none", "train.max_steps=4"]
     plain, noisy = (
-        api.train(recipe_file, ["dropout.method=none", f"train.neftune_noise_alpha={alpha}"], output=tmp_path / alpha)
+        api.train(recipe_file, [*short, f"train.neftune_noise_alpha={alpha}"], output=tmp_path / alpha)
         for alpha in ("null", "15")
     )
     one, two = (folder.records("eval") for folder in (plain, noisy))
@@ -322,7 +323,7 @@ def test_neftune_is_trainers_own_and_never_seen_by_a_look(recipe_file, tmp_path)
     assert again == pytest.approx(read_json(noisy.summary)["best"]["validation"], rel=1e-6)
 
 
-R_DROP = ["dropout.sites=[]", "dropout.consistency={kind: kl, gradient: both}"]
+R_DROP = ["train.max_steps=2", "dropout.sites=[]", "dropout.consistency={kind: kl, gradient: both}"]
 
 
 def test_r_drop_takes_the_models_own_dropout_or_says_that_there_is_none(recipe_file, tmp_path):
@@ -385,7 +386,7 @@ def test_text_as_a_criterion_needs_text_to_be_written(generation_file, tmp_path)
 
 
 def test_an_interrupted_run_of_rows_end_to_end_resumes_to_the_same_end(generation_file, tmp_path):
-    settings = ["data.padding_free=true", "train.num_train_epochs=2", "diagnostics.evals_per_epoch=3"]
+    settings = ["data.padding_free=true", "train.num_train_epochs=2", "generation.max_new_tokens=4"]
     whole = api.train(generation_file, settings, output=tmp_path / "whole")
 
     def stop(event: Event) -> None:
@@ -419,7 +420,7 @@ def test_a_run_is_written_by_one_process(recipe_file, tmp_path):
             ):
                 pass
 
-    done = api.train(recipe_file, output=tmp_path / "run", tell=listen)
+    done = api.train(recipe_file, ["train.max_steps=2"], output=tmp_path / "run", tell=listen)
     assert seen == [True]
     assert not done.busy
     assert not (done.path / ".lock").exists()

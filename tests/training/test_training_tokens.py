@@ -260,19 +260,20 @@ def test_a_short_run_learns_a_mapping_by_heart_and_writes_it_back(tmp_path, tiny
 
     pairs = {"ka": "stone", "ri": "water", "mo": "fire and air", "te": "a small bird", "lu": "", "so": "wood"}
     lines = [{"q": q, "a": a} for q, a in pairs.items()]
-    data = tmp_path / "pairs.jsonl"
-    data.write_text("\n".join(map(json.dumps, lines * 8)) + "\n", encoding="utf-8")
+    data, asked = tmp_path / "pairs.jsonl", tmp_path / "asked.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines * 40)) + "\n", encoding="utf-8")
+    asked.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
     recipe = tmp_path / "mapping.yaml"
     recipe.write_text(
         f"""\
 model: {{name: {tiny_llama}, device: cpu}}
 task: generation
-data: {{train: {data}, validation: {data}, prompt: "{{q}} ->", completion: " {{a}}", max_length: 64}}
+data: {{train: {data}, validation: {asked}, prompt: "{{q}} ->", completion: " {{a}}", max_length: 64}}
 lora: {{r: 16, lora_alpha: 32, target_modules: all-linear}}
 dropout: {{method: hiddenkey-, rate: 0.02}}
 train:
   learning_rate: 1.0e-2
-  num_train_epochs: 60
+  num_train_epochs: 6
   per_device_train_batch_size: 8
   lr_scheduler_type: cosine
 generation: {{max_new_tokens: 24}}
