@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -112,7 +113,12 @@ class RunFolder:
         """By who holds it: its name goes at once, so that what another process makes in its place stays."""
         gone = self.path.with_name(f".{self.path.name}.{os.getpid()}.gone")
         self.path.rename(gone)
-        shutil.rmtree(gone)
+        while gone.exists():
+            try:
+                shutil.rmtree(gone)
+            except OSError as error:  # one that came for the lock by the old name may just have made it in here
+                if error.errno != errno.ENOTEMPTY:
+                    raise
 
     @property
     def busy(self) -> bool:

@@ -116,6 +116,20 @@ def test_two_grids_over_one_cache(at_once, recipe_file, tmp_path):
         assert read_json(entry / "entry.json")["files"].keys() == {p.name for p in entry.iterdir()} - {"entry.json"}
 
 
+def test_one_that_comes_for_the_lock_while_the_folder_goes_keeps_it_from_going_once_more(tmp_path, monkeypatch):
+    folder, own = RunFolder(tmp_path / "run"), os.rmdir
+
+    def late(path, **kwargs):  # the lock was opened by the name that the folder had
+        monkeypatch.setattr(os, "rmdir", own)
+        (next(tmp_path.glob(".run.*.gone")) / ".lock").touch()
+        own(path, **kwargs)
+
+    monkeypatch.setattr(os, "rmdir", late)
+    with folder.held():
+        folder.remove()
+    assert not list(tmp_path.iterdir())
+
+
 def _writes(path: Path, rounds: int) -> int:
     """Holds the folder and empties it, as runs that begin and end at once do: how often nobody else was inside."""
     folder, times = RunFolder(path), 0
