@@ -67,7 +67,11 @@ class Dropper:
         rows = None if protected is None else protected()
         of_rows = [0, 0] if rows is None else [torch.count_nonzero(rows), rows.numel()]
         numbers = [int(compiled), keep.numel(), dropped, *of_rows]
-        now = torch.stack([torch.as_tensor(n, dtype=torch.int64, device=keep.device) for n in numbers])
+        whole = {
+            "dtype": torch.int64,
+            "device": keep.device,
+        }  # by `full`: `as_tensor` would bake in the sizes it is compiled with
+        now = torch.stack([n.to(**whole) if isinstance(n, Tensor) else torch.full((), n, **whole) for n in numbers])
         self.counts = now if self.counts is None else self.counts.to(now.device) + now  # stays there: no wait
 
     def counted(self) -> dict[str, int]:

@@ -41,11 +41,14 @@ def most_attended(
 ) -> Bool[Tensor, "B K"]:
     """The `share` of a sample's keys that get the most attention, summed over heads and queries: where HiddenCut cuts.
 
-    Keys that no query may attend to (padding) are not among them. For encoders: in a decoder later tokens would choose. Queries go by in blocks: [B,H,Q,K] is never built.
+    Keys that no query may attend to (padding) are not among them. For encoders: in a decoder later tokens would choose. Queries go by in blocks: [B,H,Q,K] is never built,
+    but where torch compiles: a loop over blocks would be compiled anew for each length.
     """
     received = torch.zeros_like(k[:, 0, :, 0], dtype=torch.float32)
-    for first in range(0, q.shape[2], BLOCK):
-        rows = slice(first, first + BLOCK)
+    blocks = [slice(None)]
+    if not torch.compiler.is_compiling():
+        blocks = [slice(first, first + BLOCK) for first in range(0, q.shape[2], BLOCK)]
+    for rows in blocks:
         logits = (q[:, :, rows] @ k.transpose(-1, -2)).float() * scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
