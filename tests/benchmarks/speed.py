@@ -1,7 +1,7 @@
 """hkft beside plain Trainer + PEFT: training, evaluation, tokenisation, memory and start-up, as ratios measured in one run.
 
     python tests/benchmarks/speed.py [training] [profile] [evaluation] [tokenisation] [memory] [start] [score]
-        [--rounds 5] [--rows 1280] [--seeds 3] [--device cuda] [--json FILE]
+        [--rounds 5] [--rows 1280] [--methods none,hiddenkey-,hiddenkey] [--seeds 3] [--device cuda] [--json FILE]
 
 All parts but `score` if none is named. The task is the quickstart recipe's: MiniLM, Rotten Tomatoes, LoRA on query and value,
 batches of 32, no dropout of the model's own on either side. In each round every contender does the same work once, in random
@@ -171,9 +171,9 @@ def operations(model: nn.Module) -> int:
 def training(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Seconds of an epoch."""
     device, extra = options.device, ("data.validation_rows=32", f"data.train_rows={options.rows}")
-    begun = {method: began(method, device, folder, *extra) for method in METHODS}
-    first = begun["none"]
-    plains = {name: plain_trainer(first, "grouped" in name, str(folder / "plain")) for name in PLAIN}
+    begun = {method: began(method, device, folder, *extra) for method in options.methods or METHODS}
+    first, beside = begun["none"], () if options.methods else PLAIN
+    plains = {name: plain_trainer(first, "grouped" in name, str(folder / "plain")) for name in beside}
     rates: list[float] = []
 
     def epoch(trainer: PlainTrainer) -> Callable[[], float]:
@@ -183,7 +183,7 @@ def training(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
         return work
 
-    trainers = {**plains, "plain, grouped, once more": plains["plain, grouped"]}
+    trainers = {**plains, **{f"{name}, once more": plains[name] for name in beside[1:]}}
     trainers |= {f"hkft {method}": each.trainer for method, each in begun.items()}
     for trainer in trainers.values():
         trainer.args.max_steps = 3
@@ -192,10 +192,10 @@ def training(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     seconds = in_turns({name: epoch(trainer) for name, trainer in trainers.items()}, options.rounds, warm=True)
     rows = first.material.examples["train"]
     tokens = sum(rows["length"][:])
-    show(f"training, an epoch of {len(rows)} rows, {tokens:,} tokens", seconds, (*PLAIN, "hkft none"), "seconds")
+    show(f"training, an epoch of {len(rows)} rows, {tokens:,} tokens", seconds, (*beside, "hkft none"), "seconds")
     rate, work = statistics.median(rates), operations(first.trainer.model)
     print(f"matrix products: {rate / 1e9:.0f} GFLOP/s; a token takes {work / 1e6:.1f} MFLOP")
-    for name in ("hkft none", *PLAIN):
+    for name in ("hkft none", *beside):
         per_second = tokens / statistics.median(seconds[name])
         samples = len(rows) / statistics.median(seconds[name])
         share = per_second * work / rate
@@ -375,6 +375,9 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=1280, help="of an epoch, default 1280")
+    parser.add_argument(
+        "--methods", type=lambda given: given.split(","), help="of training: these alone; none among them"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of score, default 3")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the seconds and bytes there")
