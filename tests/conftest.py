@@ -16,6 +16,7 @@ from jaxtyping import install_import_hook
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too: xdist has one for each core
 _cache = tempfile.TemporaryDirectory(prefix="hkft-cache-")  # gone with the process
 os.environ["HKFT_CACHE"] = _cache.name
 

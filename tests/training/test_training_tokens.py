@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ CONFIG = LlamaConfig(
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    base = LlamaForCausalLM(CONFIG)
+    base = LlamaForCausalLM(deepcopy(CONFIG))
     return get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).train()
 
 
@@ -133,7 +134,9 @@ def test_label_smoothing_is_trainers_own(model, tmp_path):
 
 def test_what_learns_tokens(model):
     assert learns_tokens(model)
-    soft = get_peft_model(LlamaForCausalLM(CONFIG), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    soft = get_peft_model(
+        LlamaForCausalLM(deepcopy(CONFIG)), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
     assert not learns_tokens(soft)
 
 
@@ -159,7 +162,7 @@ def trained(model, tmp_path: Path, *, dropout="none", flat=False, data=None, **a
 
 def fresh():
     torch.manual_seed(0)
-    base = LlamaForCausalLM(CONFIG)
+    base = LlamaForCausalLM(deepcopy(CONFIG))
     return get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).train()
 
 
