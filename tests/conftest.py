@@ -110,7 +110,7 @@ def unchanged(path: Path, text: str) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def reviews(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A CSV of 160 made sentences with text, other (a second sentence), label (words) and stars (a number). Not to be written to."""
+    """A CSV of 160 made sentences with text, other (a second sentence), label (words) and stars (a number): to be read only."""
     draw = random.Random(7)
     lines = ["text,other,label,stars"]
     for row in range(160):

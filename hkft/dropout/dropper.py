@@ -67,11 +67,9 @@ class Dropper:
         rows = None if protected is None else protected()
         of_rows = [0, 0] if rows is None else [torch.count_nonzero(rows), rows.numel()]
         numbers = [int(compiled), keep.numel(), dropped, *of_rows]
-        whole = {
-            "dtype": torch.int64,
-            "device": keep.device,
-        }  # by `full`: `as_tensor` would bake in the sizes it is compiled with
-        now = torch.stack([n.to(**whole) if isinstance(n, Tensor) else torch.full((), n, **whole) for n in numbers])
+        # `full`, since `as_tensor` would bake the sizes of this batch into what is compiled
+        kind = {"dtype": torch.int64, "device": keep.device}
+        now = torch.stack([n.to(**kind) if isinstance(n, Tensor) else torch.full((), n, **kind) for n in numbers])
         self.counts = now if self.counts is None else self.counts.to(now.device) + now  # stays there: no wait
 
     def counted(self) -> dict[str, int]:

@@ -41,8 +41,9 @@ def most_attended(
 ) -> Bool[Tensor, "B K"]:
     """The `share` of a sample's keys that get the most attention, summed over heads and queries: where HiddenCut cuts.
 
-    Keys that no query may attend to (padding) are not among them. For encoders: in a decoder later tokens would choose. Queries go by in blocks: [B,H,Q,K] is never built,
-    but where torch compiles: a loop over blocks would be compiled anew for each length.
+    Keys that no query may attend to (padding) are not among them. For encoders: in a decoder later tokens would choose.
+    Queries go by in blocks, so that [B,H,Q,K] is never built; not where torch compiles: a loop would be compiled anew for
+    each length.
     """
     received = torch.zeros_like(k[:, 0, :, 0], dtype=torch.float32)
     blocks = [slice(None)]
